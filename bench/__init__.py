@@ -1,0 +1,1 @@
+"""Workloads, providers and measurements. Run `python -m bench --help`."""

@@ -1,0 +1,234 @@
+"""What each kernel costs on each architecture, read from its machine code. No GPU is needed.
+
+The real launchers run on small CPU tensors; each launch is compiled for the architecture asked for
+instead of started, with exactly the arguments that a user's call would specialise it on.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ARCHITECTURES = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher: a choice of stages, dtype, layout and gradients."""
+
+    kernel: str  # "gather", "walk", "scatter" or "reduce" (the scatter kernel without atomics)
+    mode: str
+    padding_mode: str
+    dtype: str
+    channels_last: bool
+    need_parameters: bool = True
+    kind: str = "affine"
+
+    @property
+    def stages(self) -> str:
+        layout = "channels_last" if self.channels_last else "contiguous"
+        gradients = "" if self.kernel in ("gather", "reduce") else "+theta" if self.need_parameters else "-theta"
+        return f"{self.kind} {self.mode} {self.padding_mode} {self.dtype} {layout} {gradients}".strip()
+
+
+@dataclass(frozen=True)
+class Resources:
+    kernel: str
+    stages: str
+    arch: str
+    registers: int
+    spills: int
+    """Instructions that store to or load from local (AMD: scratch) memory."""
+    local_bytes: int
+    shared_bytes: int
+    load_widths: dict[str, int]
+    """Bits per thread of each global load → how many such instructions."""
+    atomics: int
+    cas_loops: int
+
+
+def cases(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Case]:
+    """Every kernel with every combination of its stages."""
+    combinations = itertools.product(("bilinear", "nearest"), ("zeros", "border", "reflection"), dtypes, (False, True))
+    result = []
+    for options in combinations:
+        mode, padding_mode, _, _ = options
+        gradients = (True, False) if mode == "bilinear" else (False,)  # nearest has none in theta
+        result.append(Case("gather", *options))
+        # The walk sees only whether the padding folds.
+        if padding_mode != "reflection":
+            result += [Case("walk", *options, need) for need in gradients]
+        if padding_mode != "zeros":
+            result += [Case("scatter", *options, need) for need in gradients]
+        if mode == "bilinear":
+            result.append(Case("reduce", *options))
+    return result
+
+
+def measure(case: Case, arch: str) -> Resources:
+    """Compile one case and read its machine code."""
+    compiled = compile_case(case, arch)
+    code = _amd_code(compiled) if ARCHITECTURES[arch][0] == "hip" else _nvidia_code(compiled)
+    return Resources(case.kernel, case.stages, arch, shared_bytes=compiled.metadata.shared, **code)
+
+
+def measure_all(todo: list[tuple[Case, str]], workers: int | None = None) -> Iterator[Resources]:
+    """Measure in parallel processes, in order."""
+    # Forking is safe here, as no thread of this process holds a lock yet, and spares each worker the import.
+    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        yield from pool.map(_measure_one, todo, chunksize=4)
+
+
+def _measure_one(item: tuple[Case, str]) -> Resources:
+    torch.set_num_threads(1)
+    return measure(*item)
+
+
+def compile_case(case: Case, arch: str):
+    """The compiled kernel that a launcher would start for this case."""
+    from tri_stn import kernels
+
+    dtype = getattr(torch, case.dtype)
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    image = torch.zeros(2, 32, 48, 64, dtype=dtype).contiguous(memory_format=layout)
+    output = torch.zeros(2, 32, 24, 40, dtype=dtype).contiguous(memory_format=layout)
+    theta = torch.zeros(2, 1, 2, 3)
+    options = {
+        "kind": case.kind,
+        "mode": case.mode,
+        "padding_mode": case.padding_mode,
+        "align_corners": False,
+    }
+    with _compiling_for(arch) as launches:
+        if case.kernel == "gather":
+            kernels.gather(output, image, theta, **options)
+        else:
+            grad_image = None if case.kernel == "reduce" else torch.empty_like(image)
+            grad_theta = torch.empty_like(theta) if case.need_parameters else None
+            kernels.adjoint(grad_image, grad_theta, output, image, theta, **options)
+    name = {"reduce": "scatter"}.get(case.kernel, case.kernel) + "_kernel"
+    (compiled,) = launches[name]
+    return compiled
+
+
+class _Driver:
+    """Stands in for a GPU driver: enough for Triton to compile, nothing to launch with."""
+
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.arch = arch
+        self.target = GPUTarget(*ARCHITECTURES[arch])
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> str:
+        return self.arch  # Triton keys its caches by device
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _compiling_for(arch: str) -> Iterator[dict[str, list]]:
+    """Turn every kernel launch inside into a compilation, collected by kernel name."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    launches: dict[str, list] = {}
+    run, active = JITFunction.run, driver._active
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.setdefault(self.__name__, []).append(compiled)
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    driver.set_active(_Driver(arch))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+            yield launches
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+        driver._active = active
+
+
+@functools.cache
+def _nvidia_tool(name: str) -> str:
+    """A CUDA binary tool that Triton's wheel carries."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _nvidia_code(compiled) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [_nvidia_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([_nvidia_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
+    counts = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass.stdout, re.MULTILINE)
+    widths = Counter(_nvidia_width(op) for op in opcodes if op.startswith("LDG."))
+    atomics = [op for op in opcodes if re.match(r"(REDG?|ATOMG?)\b", op)]
+    return {
+        "registers": counts["REG"],
+        "spills": sum(op.startswith(("LDL", "STL")) for op in opcodes),
+        "local_bytes": counts["STACK"] + counts["LOCAL"],
+        "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
+        "atomics": len(atomics),
+        "cas_loops": sum(".CAS" in op for op in atomics),
+    }
+
+
+def _nvidia_width(opcode: str) -> str:
+    match = re.search(r"\.[US]?(8|16|64|128|256)\b", opcode)
+    return match.group(1) if match else "32"
+
+
+def _amd_code(compiled) -> dict:
+    code = compiled.asm["amdgcn"]
+
+    def metadata(key: str) -> int:
+        return int(re.search(rf"^\s+\.{key}:\s+(\d+)", code, re.MULTILINE).group(1))  # type: ignore[union-attr]
+
+    opcodes = re.findall(r"^\s+([a-z]\w+)\b", code, re.MULTILINE)
+    names = {"ubyte": 8, "sbyte": 8, "ushort": 16, "sshort": 16, "short": 16, "dword": 32}
+    names |= {f"dwordx{n}": 32 * n for n in (2, 3, 4)}
+    loads = [m for op in opcodes if (m := re.match(r"(?:global|buffer)_load_([a-z]+x\d|[a-z]+)", op))]
+    widths = Counter(str(names[m.group(1)]) for m in loads)
+    atomics = [op for op in opcodes if re.match(r"(global|buffer|flat)_atomic_", op)]
+    return {
+        "registers": metadata("vgpr_count"),
+        "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        "local_bytes": metadata("private_segment_fixed_size"),
+        "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
+        "atomics": len(atomics),
+        "cas_loops": sum("cmpswap" in op for op in atomics),
+    }
+
+
+def to_json(rows: list[Resources]) -> str:
+    return json.dumps([asdict(row) for row in rows], indent=1)

@@ -1,0 +1,107 @@
+"""From a tile's lanes to pixel indices, and from normalised units to pixels.
+
+Axes are ordered x first everywhere in the kernels, as in a grid's last dimension. An index is
+*centred* when it is measured from the middle of its axis, ``index - (size - 1) / 2``. The middle is
+the normalised coordinate 0 under both values of ``align_corners``, so a centred index differs from
+a normalised coordinate by a factor alone, and the identity map gives every pixel exactly itself.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def middle(size, COMPUTE: tl.constexpr):
+    """The pixel index of the normalised coordinate 0."""
+    return (size - 1).to(COMPUTE) * 0.5
+
+
+@triton.jit
+def pixels_per_unit(size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+    """How many pixels one normalised unit spans."""
+    if ALIGN_CORNERS:
+        return (size - 1).to(COMPUTE) * 0.5
+    else:
+        return size.to(COMPUTE) * 0.5
+
+
+@triton.jit
+def tile_index(tile, lane, size, BLOCK: tl.constexpr):
+    """Pixel indices, x first, of one lane or a block of lanes in a tile, and whether they exist.
+
+    Lanes run along x, then y, then z: a warp of 32 lanes over a block 8 wide covers an 8 × 4 patch.
+    """
+    index = ()
+    mask = lane >= 0
+    for axis in tl.static_range(len(BLOCK)):
+        tiles = tl.cdiv(size[axis], BLOCK[axis])
+        along = (tile % tiles) * BLOCK[axis] + lane % BLOCK[axis]
+        # Deny the contiguity along x: it would give each thread neighbouring pixels to store at once,
+        # and make the warps, left with one block of pixels, repeat each other's coordinates.
+        along = tl.max_contiguous(along, 1)
+        mask = mask & (along < size[axis])
+        index = index + (along,)
+        tile = tile // tiles
+        lane = lane // BLOCK[axis]
+    return index, mask
+
+
+@triton.jit
+def tile_count(size, BLOCK: tl.constexpr):
+    """How many tiles cover an image."""
+    count = tl.cdiv(size[0], BLOCK[0])
+    for axis in tl.static_range(1, len(BLOCK)):
+        count *= tl.cdiv(size[axis], BLOCK[axis])
+    return count
+
+
+@triton.jit
+def centred(index, size, COMPUTE: tl.constexpr):
+    """Indices measured from the middle of their axes: what transforms take."""
+    result = ()
+    for axis in tl.static_range(len(index)):
+        result = result + (index[axis].to(COMPUTE) - middle(size[axis], COMPUTE),)
+    return result
+
+
+@triton.jit
+def offset(index, strides, INDEX: tl.constexpr):
+    """Element offset of a pixel within one image."""
+    result = index[0].to(INDEX) * strides[0]
+    for axis in tl.static_range(1, len(index)):
+        result += index[axis].to(INDEX) * strides[axis]
+    return result
+
+
+@triton.jit
+def block_offset(pixel, c, stride_c, CHANNELS_LAST: tl.constexpr):
+    """Element offsets of a block from the pixels' offsets and the channels' indices."""
+    channel = c.to(pixel.dtype) * stride_c
+    return along_pixels(pixel, CHANNELS_LAST) + along_channels(channel, CHANNELS_LAST)
+
+
+@triton.jit
+def along_pixels(x, CHANNELS_LAST: tl.constexpr):
+    """[LANES] as a factor of a [channels, pixels] block, or [pixels, channels] for channels_last."""
+    if CHANNELS_LAST:
+        return x[:, None]
+    else:
+        return x[None, :]
+
+
+@triton.jit
+def along_channels(x, CHANNELS_LAST: tl.constexpr):
+    """[BLOCK_C] as a factor of the same block."""
+    if CHANNELS_LAST:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.constexpr_function
+def lanes(block):
+    """How many pixels a tile holds."""
+    result = 1
+    for size in block:
+        result *= size
+    return result

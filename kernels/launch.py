@@ -1,0 +1,44 @@
+"""Tensors to kernel arguments: sizes and strides x first, and what follows from dtype and layout."""
+
+import math
+
+import torch
+import triton.language as tl
+
+_INT32_MAX = 2**31 - 1
+
+
+def size(image):
+    """(N, C, *size) → its spatial size, x first."""
+    return tuple(reversed(image.shape[2:]))
+
+
+def strides(image):
+    """(N, C, *size) → stride of n, stride of c, strides of the pixels, x first."""
+    stride = image.stride()
+    return stride[0], stride[1], tuple(reversed(stride[2:]))
+
+
+def count(parameters):
+    """Numbers per map in parameters (M, K, …)."""
+    return math.prod(parameters.shape[2:])
+
+
+def is_channels_last(image):
+    """Whether channels lie next to each other in memory, and more than one channel does."""
+    return image.shape[1] > 1 and image.stride(1) == 1 and not image.is_contiguous()
+
+
+def compute_dtype(dtype):
+    """What coordinates, weights and sums are computed in, for images of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def constants(*images):
+    """Compile-time arguments that follow from the images; the first decides dtype and layout."""
+    far = max(sum((n - 1) * s for n, s in zip(i.shape[1:], i.stride()[1:], strict=True)) for i in images)
+    return {
+        "CHANNELS_LAST": is_channels_last(images[0]),
+        "COMPUTE": tl.float64 if images[0].dtype == torch.float64 else tl.float32,
+        "INDEX": tl.int64 if far > _INT32_MAX else tl.int32,
+    }

@@ -1,0 +1,99 @@
+"""The backward pass from the output's side.
+
+One program owns a tile of output pixels of one map. It adds grad_input by atomics, and reduces the
+gradient of the transform's coefficients to one partial sum. It serves what the walk does not:
+
+    FOLDED_ONLY  samples that a padding mode folds back into the image, before the walk
+    otherwise    the transform's gradient alone, a pure reduction with NEED_INPUT off
+
+Atomics are fp32 or fp64, never 16-bit: those become compare-and-swap loops on every architecture.
+"""
+
+import triton
+import triton.language as tl
+
+from . import tuples
+from .coordinates import along_channels, along_pixels, block_offset, centred, lanes, offset, tile_count, tile_index
+from .interpolation import axis_taps, corner, product, product_vjp
+from .transforms import store_gradients
+
+
+@triton.jit(do_not_specialize=["output_size", "input_size", "maps", "slots"])
+def scatter_kernel(
+    grad_input_ptr, partials_ptr, grad_output_ptr, input_ptr, parameters_ptr,
+    output_size, input_size, channels, maps, slots,
+    grad_input_stride_n, grad_input_stride_c, grad_input_strides,
+    grad_output_stride_n, grad_output_stride_c, grad_output_strides,
+    input_stride_n, input_stride_c, input_strides,
+    LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_VJP: tl.constexpr, PARAMETERS: tl.constexpr,
+    PADDING: tl.constexpr, PADDING_VJP: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    FOLDED_ONLY: tl.constexpr, NEED_INPUT: tl.constexpr, NEED_PARAMETERS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
+):  # fmt: skip
+    LANES: tl.constexpr = lanes(BLOCK)
+    tiles = tile_count(output_size, BLOCK)
+    tile = tl.program_id(0) % tiles
+    m = (tl.program_id(0) // tiles).to(tl.int64)
+    n = m // maps
+    p, mask = tile_index(tile, tl.arange(0, LANES), output_size, BLOCK)
+    u = centred(p, output_size, COMPUTE)
+    coefficients = LOAD(parameters_ptr + m * PARAMETERS, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+    x = TRANSFORM(coefficients, u)
+
+    if FOLDED_ONLY:
+        inside = mask
+        for axis in tl.static_range(len(BLOCK)):
+            inside &= (x[axis] > 0) & (x[axis] < (input_size[axis] - 1).to(COMPUTE))
+        mask &= ~inside
+    taps = ()
+    for axis in tl.static_range(len(BLOCK)):
+        padded = PADDING(x[axis], input_size[axis], ALIGN_CORNERS)
+        taps = taps + (axis_taps(padded, input_size[axis], WEIGHT, WEIGHT_VJP, TAPS, INDEX),)
+
+    input_ptr += n * input_stride_n
+    grad_output_ptr += m * grad_output_stride_n
+    grad_x = tuples.zeros(len(BLOCK), (LANES,), COMPUTE)
+    start = tl.program_id(1) * CHANNELS_PER_PROGRAM
+    stop = tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
+    # Most tiles hold no folded sample at all.
+    for first in range(start, tl.where(tl.max(mask.to(tl.int32)) > 0, stop, start), BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        in_channels = along_channels(c < channels, CHANNELS_LAST)
+        grad_output = tl.load(
+            grad_output_ptr
+            + block_offset(offset(p, grad_output_strides, INDEX), c, grad_output_stride_c, CHANNELS_LAST),
+            mask=along_pixels(mask, CHANNELS_LAST) & in_channels,
+            other=0.0,
+        ).to(COMPUTE)
+        for corner_id in tl.static_range(TAPS ** len(BLOCK)):
+            weights, slopes, pixel, inside = corner(taps, corner_id, TAPS)
+            corner_mask = along_pixels(inside & mask, CHANNELS_LAST) & in_channels
+            if NEED_INPUT:
+                pixel_offset = offset(pixel, grad_input_strides, INDEX)
+                tl.atomic_add(
+                    grad_input_ptr
+                    + n * grad_input_stride_n
+                    + block_offset(pixel_offset, c, grad_input_stride_c, CHANNELS_LAST),
+                    along_pixels(product(weights), CHANNELS_LAST) * grad_output,
+                    mask=corner_mask,
+                    sem="relaxed",
+                )
+            if NEED_PARAMETERS:
+                value = tl.load(
+                    input_ptr + block_offset(offset(pixel, input_strides, INDEX), c, input_stride_c, CHANNELS_LAST),
+                    mask=corner_mask,
+                    other=0.0,
+                ).to(COMPUTE)
+                dot = tl.sum(value * grad_output, axis=1 if CHANNELS_LAST else 0)
+                grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
+
+    if NEED_PARAMETERS:
+        slot = m * slots + tile * tl.num_programs(1) + tl.program_id(1)
+        grad_unpadded = ()
+        for axis in tl.static_range(len(BLOCK)):
+            factor = PADDING_VJP(x[axis], input_size[axis], ALIGN_CORNERS)
+            grad_unpadded = grad_unpadded + (grad_x[axis] * factor,)
+        gradients = TRANSFORM_VJP(coefficients, u, grad_unpadded)
+        partials = partials_ptr + slot * PARAMETERS
+        store_gradients(partials, gradients, LOAD_VJP, input_size, output_size, ALIGN_CORNERS, COMPUTE)

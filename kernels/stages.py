@@ -1,0 +1,92 @@
+"""Names to device functions: what a kernel is composed of at compile time.
+
+A new transform, interpolation or padding mode is one row in a table here and one pair of device
+functions where the row points.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import interpolation, padding, transforms
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A transform's device functions, described in `transforms`."""
+
+    load: Any
+    load_vjp: Any
+    map: Any
+    map_vjp: Any
+    rows: Any
+    columns: Any
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    weight: Any
+    weight_vjp: Any
+    taps: int
+
+
+@dataclass(frozen=True)
+class Padding:
+    pad: Any
+    pad_vjp: Any
+    folds: bool
+    """Whether a sample outside the image reads something."""
+
+
+TRANSFORMS = {
+    "affine": Transform(
+        transforms.affine_load,
+        transforms.affine_load_vjp,
+        transforms.affine,
+        transforms.affine_vjp,
+        transforms.affine_rows,
+        transforms.affine_columns,
+    ),
+}
+
+INTERPOLATIONS = {
+    "nearest": Interpolation(interpolation.nearest, interpolation.nearest_vjp, taps=1),
+    "bilinear": Interpolation(interpolation.linear, interpolation.linear_vjp, taps=2),
+}
+
+PADDINGS = {
+    "zeros": Padding(padding.zeros, padding.zeros_vjp, folds=False),
+    "border": Padding(padding.border, padding.border_vjp, folds=True),
+    "reflection": Padding(padding.reflection, padding.reflection_vjp, folds=True),
+}
+
+
+def gather(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
+    """The stages of the gather kernel, by the names of its arguments."""
+    return {
+        "LOAD": TRANSFORMS[kind].load,
+        "TRANSFORM": TRANSFORMS[kind].map,
+        "PADDING": PADDINGS[padding_mode].pad,
+        "WEIGHT": INTERPOLATIONS[mode].weight,
+        "WEIGHT_VJP": INTERPOLATIONS[mode].weight_vjp,
+        "TAPS": INTERPOLATIONS[mode].taps,
+    }
+
+
+def scatter(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
+    """The stages of the scatter kernel: the gather's and their derivatives."""
+    return gather(kind, mode, padding_mode) | {
+        "LOAD_VJP": TRANSFORMS[kind].load_vjp,
+        "TRANSFORM_VJP": TRANSFORMS[kind].map_vjp,
+        "PADDING_VJP": PADDINGS[padding_mode].pad_vjp,
+    }
+
+
+def walk(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
+    """The stages of the walk kernel."""
+    named = scatter(kind, mode, padding_mode)
+    del named["PADDING"], named["PADDING_VJP"]
+    return named | {
+        "ROWS": TRANSFORMS[kind].rows,
+        "COLUMNS": TRANSFORMS[kind].columns,
+        "FOLDS": PADDINGS[padding_mode].folds,
+    }

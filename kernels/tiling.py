@@ -1,0 +1,60 @@
+"""Block sizes and warps from shapes, in plain Python.
+
+Tile blocks are x first. A block of 8 or 16 along x makes a warp cover a patch of the image: the
+rotation is known on the device alone, and a patch is never bad, where a line would touch 32 rows
+of the input under a quarter turn.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from triton import cdiv, next_power_of_2
+
+@dataclass(frozen=True)
+class Tile:
+    block: tuple[int, ...]
+    """Pixels along each axis, x first; powers of two."""
+    block_c: int
+    """Channels held in registers at once; a power of two."""
+    channels_per_program: int
+    num_warps: int
+
+    def grid(self, images: int, channels: int, size: Sequence[int]) -> tuple[int, int]:
+        """Programs for so many images, channels and an image size (y before x, as in a shape)."""
+        return images * self.count(size), cdiv(channels, self.channels_per_program)
+
+    def count(self, size: Sequence[int]) -> int:
+        """Tiles that cover an image."""
+        return math.prod(cdiv(s, b) for s, b in zip(reversed(size), self.block, strict=True))
+
+    def constants(self) -> dict[str, Any]:
+        """The tile as a launch takes it."""
+        return {
+            "BLOCK": self.block,
+            "BLOCK_C": self.block_c,
+            "CHANNELS_PER_PROGRAM": self.channels_per_program,
+            "num_warps": self.num_warps,
+        }
+
+
+_BLOCKS = {1: {32: (32,), 128: (128,)}, 2: {32: (8, 4), 128: (16, 8)}, 3: {32: (8, 2, 2), 128: (8, 4, 4)}}
+
+
+def gather_tile(dims: int, channels: int, channels_last: bool) -> Tile:
+    """The tile of a program that owns output pixels and walks over channels."""
+    if channels_last:
+        block_c = min(next_power_of_2(channels), 64)
+        return Tile(_BLOCKS[dims][32 if block_c >= 8 else 128], block_c, max(block_c, 256), 4)
+    return Tile(_BLOCKS[dims][128], min(next_power_of_2(channels), 4), 64, 4)
+
+
+def walk_tile(dims: int, channels: int, channels_last: bool) -> Tile:
+    """The tile of a program that owns input pixels and one block of channels."""
+    # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
+    if channels_last:
+        block_c = min(next_power_of_2(channels), 32)
+        return Tile(_BLOCKS[dims][32 if block_c >= 8 else 128], block_c, block_c, 4)
+    block_c = min(next_power_of_2(channels), 8)
+    return Tile(_BLOCKS[dims][128], block_c, block_c, 4)

@@ -1,0 +1,279 @@
+"""The sampler in plain PyTorch: the truth that tests compare with, and what runs on the CPU.
+
+The two functions are the twins of `kernels.gather` and `kernels.adjoint` and follow the same steps:
+parameters → coefficients in pixels → source coordinates → padding → taps. They go through the
+output in chunks, so that working memory stays bounded however large the output is.
+
+Axes are x first inside: ``x[0]`` is the coordinate along the width. Shape notes: M images, K maps
+per image, P output pixels of a chunk, C channels, d dimensions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**20
+"""Working memory of a chunk: about this many numbers per intermediate tensor."""
+
+
+# --- transforms: parameters → coefficients → source pixels, and back ------------------------------
+
+
+@dataclass(frozen=True)
+class Transform:
+    """`load` folds the change of units into the parameters; `map` sends centred output indices to
+    source pixels; `map_vjp` and `load_vjp` take gradients the same way back."""
+
+    load: Callable[..., Tensor]
+    load_vjp: Callable[..., Tensor]
+    map: Callable[..., list[Tensor]]
+    map_vjp: Callable[..., Tensor]
+
+
+def affine_load(theta: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
+    """(M, K, d, d+1), normalised → the same matrix from centred output indices to source pixels."""
+    scale, middle = _affine_scale(theta, input_size, size, align_corners)
+    return torch.cat([theta[..., :-1] * scale[:, :-1], theta[..., -1:] * scale[:, -1:] + middle], -1)
+
+
+def affine_load_vjp(grad: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
+    return grad * _affine_scale(grad, input_size, size, align_corners)[0]
+
+
+def affine(coefficients: Tensor, u: Sequence[Tensor]) -> list[Tensor]:
+    """Centred output indices, d × (P,) → source pixel coordinates, d × (M, K, P)."""
+    dims = len(u)
+    x = []
+    for axis in range(dims):
+        row = coefficients[..., axis, :, None]
+        s = row[..., dims, :]
+        for other in reversed(range(dims)):  # the kernels' order of rounding
+            s = torch.addcmul(s, row[..., other, :], u[other])
+        x.append(s)
+    return x
+
+
+def affine_vjp(u: Sequence[Tensor], grad_x: Sequence[Tensor]) -> Tensor:
+    """Gradients of the source coordinates, d × (M, K, P) → of the coefficients, (M, K, d, d+1)."""
+    basis = torch.stack([*u, torch.ones_like(u[0])])  # (d+1, P)
+    return torch.stack(list(grad_x), -2) @ basis.T
+
+
+def _affine_scale(
+    like: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """What each entry of theta is multiplied by to act on pixels, (d, d+1); the middle pixel, (d, 1)."""
+    per_unit = [_pixels_per_unit(s, align_corners) for s in input_size]
+    out_per_unit = [_pixels_per_unit(s, align_corners) for s in size]
+    rows = [[p / o if o else 0.0 for o in out_per_unit] + [p] for p in per_unit]
+    return like.new_tensor(rows), like.new_tensor([[(s - 1) / 2] for s in input_size])
+
+
+def _pixels_per_unit(size: int, align_corners: bool) -> float:
+    """How many pixels one normalised unit spans."""
+    return (size - 1) / 2 if align_corners else size / 2
+
+
+TRANSFORMS = {"affine": Transform(affine_load, affine_load_vjp, affine, affine_vjp)}
+
+
+# --- padding: what a coordinate outside the image stands for, and the slope there ------------------
+
+
+def zeros(x: Tensor, size: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    return x, torch.ones_like(x)
+
+
+def border(x: Tensor, size: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    inside = (x > 0) & (x < size - 1)  # a coordinate on the edge counts as clipped, as in ATen
+    return x.nan_to_num(nan=0.0).clamp(0, size - 1), inside.to(x.dtype)
+
+
+def reflection(x: Tensor, size: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """Fold about the outermost pixels' centres (align_corners) or edges, then clip."""
+    middle = (size - 1) / 2
+    radius = middle if align_corners else middle + 0.5
+    if radius == 0:
+        return torch.zeros_like(x), torch.zeros_like(x)
+    inside = (x - middle).abs() <= radius
+    from_edge = (x - (middle - radius)).abs()
+    flips = (from_edge / (2 * radius)).floor()
+    extra = torch.addcmul(from_edge, -flips, torch.full_like(flips, 2 * radius))
+    odd = flips % 2 > 0
+    folded = torch.where(odd, 2 * radius - extra, extra) + (middle - radius)
+    sign = torch.where(odd ^ (x < middle - radius), -1.0, 1.0).to(x.dtype)
+    # An inside coordinate keeps its bits: it must read as it does under zeros.
+    clipped, slope = border(torch.where(inside, x, folded), size, align_corners)
+    return clipped, torch.where(inside, 1.0, sign) * slope
+
+
+PADDINGS = {"zeros": zeros, "border": border, "reflection": reflection}
+
+
+# --- interpolation: how much pixel q weighs for a sample at x, and the slope ------------------------
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    first: Callable[[Tensor], Tensor]
+    """The first of the taps that a sample touches."""
+    taps: int
+    weight: Callable[[Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor]
+
+
+def _linear_slope(x: Tensor, q: Tensor) -> Tensor:
+    # A sample on a pixel takes the slope to the right of it, as ATen does.
+    return torch.where(x < q, 1.0, -1.0).to(x.dtype)
+
+
+INTERPOLATIONS = {
+    "nearest": Interpolation(torch.round, 1, lambda x, q: torch.ones_like(x), lambda x, q: torch.zeros_like(x)),
+    "bilinear": Interpolation(torch.floor, 2, lambda x, q: 1 - (x - q).abs(), _linear_slope),
+}
+
+
+# --- the two operations ----------------------------------------------------------------------------
+
+
+def gather(
+    output: Tensor, input: Tensor, parameters: Tensor, *, kind: str, mode: str, padding_mode: str, align_corners: bool
+) -> None:
+    """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …)."""
+    images, channels = input.shape[:2]
+    for chunk in _chunks(output.shape, input, parameters, kind, mode, padding_mode, align_corners):
+        total = torch.zeros(())
+        for corner in chunk.corners():
+            value = _read(input, corner.pixel).to(chunk.dtype)  # (M, K, P, C)
+            value = torch.where(corner.inside[..., None], value, 0)
+            total = total + corner.weight()[..., None] * value
+        total = total.movedim(-1, 2).reshape(output.shape[0], channels, -1)
+        output.flatten(2)[:, :, chunk.start : chunk.stop] = total.to(output.dtype)
+
+
+def adjoint(
+    grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
+    parameters: Tensor, *, kind: str, mode: str, padding_mode: str, align_corners: bool,
+) -> None:  # fmt: skip
+    """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both."""
+    image = grad_input if grad_input is not None else input
+    assert image is not None
+    images, channels, *shape = image.shape
+    compute = compute_dtype(image.dtype)
+    grad_image = image.new_zeros(images * math.prod(shape), channels, dtype=compute) if grad_input is not None else None
+    grad_coefficients = torch.zeros_like(parameters, dtype=compute)
+    for chunk in _chunks(grad_output.shape, image, parameters, kind, mode, padding_mode, align_corners):
+        grad = grad_output.flatten(2)[:, :, chunk.start : chunk.stop].to(compute)
+        grad = grad.reshape(images, -1, channels, grad.shape[-1]).movedim(2, -1)  # (M, K, P, C)
+        grad_x = [torch.zeros_like(x) for x in chunk.x]
+        for corner in chunk.corners():
+            if grad_image is not None:
+                added = torch.where(corner.inside[..., None], corner.weight()[..., None] * grad, 0)
+                grad_image.index_add_(0, corner.flat(shape).flatten(), added.reshape(-1, channels))
+            if grad_parameters is not None and input is not None:
+                dot = (_read(input, corner.pixel).to(compute) * grad).sum(-1)
+                for axis in range(len(shape)):
+                    grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
+        if grad_parameters is not None:
+            grad_x = [g * s for g, s in zip(grad_x, chunk.padding_slopes, strict=True)]
+            grad_coefficients += TRANSFORMS[kind].map_vjp(chunk.u, grad_x)
+    if grad_input is not None and grad_image is not None:
+        grad_input.copy_(grad_image.view(images, *shape, channels).movedim(-1, 1))
+    if grad_parameters is not None:
+        sizes = tuple(reversed(shape)), tuple(reversed(grad_output.shape[2:]))
+        grad_parameters.copy_(TRANSFORMS[kind].load_vjp(grad_coefficients, *sizes, align_corners))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What coordinates, weights and sums are computed in, for images of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class _Corner:
+    """One of the taps ** d pixels that each sample touches."""
+
+    weights: list[Tensor]
+    slopes: list[Tensor]
+    pixel: list[Tensor]
+    inside: Tensor
+
+    def weight(self) -> Tensor:
+        return math.prod(self.weights[1:], start=self.weights[0])
+
+    def slope(self, axis: int) -> Tensor:
+        """The derivative of the weight with respect to the coordinate along an axis."""
+        others = [w for other, w in enumerate(self.weights) if other != axis]
+        return math.prod(others, start=self.slopes[axis])
+
+    def flat(self, shape: Sequence[int]) -> Tensor:
+        """The pixel's position among all images' pixels, (M, K, P)."""
+        result = torch.arange(self.pixel[0].shape[0], device=self.inside.device)[:, None, None]
+        for index, size in zip(reversed(self.pixel), shape, strict=True):
+            result = result * size + index
+        return result
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some output pixels of every map: where they look, before padding `x` and after."""
+
+    start: int
+    stop: int
+    u: list[Tensor]
+    x: list[Tensor]
+    padding_slopes: list[Tensor]
+    input_size: tuple[int, ...]
+    interpolation: Interpolation
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x[0].dtype
+
+    def corners(self) -> Iterator[_Corner]:
+        first = [self.interpolation.first(x) for x in self.x]
+        for taps in itertools.product(range(self.interpolation.taps), repeat=len(first)):
+            q = [f + tap for f, tap in zip(first, taps, strict=True)]
+            insides = [(a >= 0) & (a <= size - 1) for a, size in zip(q, self.input_size, strict=True)]
+            yield _Corner(
+                [self.interpolation.weight(x, a) for x, a in zip(self.x, q, strict=True)],
+                [self.interpolation.slope(x, a) for x, a in zip(self.x, q, strict=True)],
+                [torch.where(inside, a, 0).long() for inside, a in zip(insides, q, strict=True)],
+                math.prod(insides[1:], start=insides[0]),
+            )
+
+
+def _chunks(
+    output_shape: torch.Size, image: Tensor, parameters: Tensor,
+    kind: str, mode: str, padding_mode: str, align_corners: bool,
+) -> Iterator[_Chunk]:  # fmt: skip
+    size, input_size = tuple(reversed(output_shape[2:])), tuple(reversed(image.shape[2:]))
+    transform = TRANSFORMS[kind]
+    dtype = compute_dtype(image.dtype)
+    coefficients = transform.load(parameters.to(dtype), input_size, size, align_corners)
+    pixels = math.prod(size)
+    step = max(1, CHUNK_ELEMENTS // (output_shape[0] * (output_shape[1] + len(size))))
+    for start in range(0, pixels, step):
+        stop = min(start + step, pixels)
+        index = torch.arange(start, stop, device=image.device)
+        u = []
+        for n in size:
+            u.append((index % n).to(dtype) - (n - 1) / 2)
+            index = index // n
+        x = transform.map(coefficients, u)
+        padded = [PADDINGS[padding_mode](a, n, align_corners) for a, n in zip(x, input_size, strict=True)]
+        yield _Chunk(
+            start, stop, u, [a for a, _ in padded], [s for _, s in padded], input_size, INTERPOLATIONS[mode]
+        )
+
+
+def _read(image: Tensor, pixel: Sequence[Tensor]) -> Tensor:
+    """Pixels, d × (M, K, P) x first, of images (M, C, *size) of any strides → (M, K, P, C)."""
+    n = torch.arange(image.shape[0], device=image.device)[:, None, None]
+    return image[(n, slice(None), *reversed(pixel))]
