@@ -103,8 +103,7 @@ def product_vjp(weights, slopes, g):
         for other in tl.static_range(len(weights)):
             if other != axis:
                 slope = slope * weights[other]
-        # Where nothing was read g is 0, and a weight may not be finite.
-        result = result + (tl.where(g == 0, 0.0, slope),)
+        result = result + (slope,)
     return result
 
 

@@ -104,9 +104,8 @@ def walk_kernel(
                         mask=along_pixels(hit, CHANNELS_LAST) & in_channels,
                         other=0.0,
                     ).to(COMPUTE)
-                    weights, slopes = _weigh(x, position, WEIGHT, WEIGHT_VJP)
-                    weight = tl.where(hit, product(weights), 0.0)
-                    collected += along_pixels(weight, CHANNELS_LAST) * grad_output
+                    weights, slopes = _weigh(x, position, hit, WEIGHT, WEIGHT_VJP)
+                    collected += along_pixels(product(weights), CHANNELS_LAST) * grad_output
                     if NEED_PARAMETERS:
                         dot = tl.sum(grad_output * values, axis=1 if CHANNELS_LAST else 0)
                         grad_x = product_vjp(weights, slopes, dot)
@@ -152,11 +151,12 @@ def _unravel_row(r, first, last, shape):
 
 
 @triton.jit
-def _weigh(x, q, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr):
-    """Pixel q's weight and slope along each axis, for a sample at x."""
+def _weigh(x, q, hit, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr):
+    """Pixel q's weight and slope along each axis for a sample at x; something finite where no hit."""
     weights = ()
     slopes = ()
     for axis in tl.static_range(len(x)):
-        weights = weights + (WEIGHT(x[axis], q[axis]),)
-        slopes = slopes + (WEIGHT_VJP(x[axis], q[axis]),)
+        at = tl.where(hit, x[axis], q[axis])
+        weights = weights + (WEIGHT(at, q[axis]),)
+        slopes = slopes + (WEIGHT_VJP(at, q[axis]),)
     return weights, slopes

@@ -87,7 +87,8 @@ TRANSFORMS = {"affine": Transform(affine_load, affine_load_vjp, affine, affine_v
 
 
 def zeros(x: Tensor, size: int, align_corners: bool) -> tuple[Tensor, Tensor]:
-    return x, torch.ones_like(x)
+    # NaN and infinities lie outside; a finite place there keeps them out of the weights.
+    return torch.where(x.abs() < 2**30, x, -4.0), torch.ones_like(x)
 
 
 def border(x: Tensor, size: int, align_corners: bool) -> tuple[Tensor, Tensor]:

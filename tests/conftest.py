@@ -1,0 +1,53 @@
+"""Where the tests run: on a CUDA device if there is one, else through Triton's interpreter."""
+
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, so before they are
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+if DEVICE == "cpu":
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    _cast = InterpreterBuilder.cast_impl
+
+    def _cast_rounding_bf16(self, src, dst_type):
+        """The interpreter truncates fp32 to bf16; every GPU rounds to nearest even."""
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
+            return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+        return _cast(self, src, dst_type)
+
+    InterpreterBuilder.cast_impl = _cast_rounding_bf16
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE == "cpu":
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(params=["kernels", "reference"])
+def backend(request, monkeypatch):
+    """The device to put tensors on so that warp runs the kernels, or the reference."""
+    if request.param == "kernels":
+        return DEVICE
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill every new tensor with NaN, so that an element that is never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The interpreter computes with numpy, which warns where a GPU quietly makes an infinity.
+    with np.errstate(all="ignore"):
+        yield
+    torch.use_deterministic_algorithms(False)

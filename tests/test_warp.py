@@ -1,0 +1,290 @@
+"""warp against torch in fp64: values, both gradients, layouts, dtypes, batches and edge cases."""
+
+import itertools
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tri_stn
+from tri_stn.testing import Case, assert_accurate, near_discontinuity, warp_truth
+
+MODES = ("bilinear", "nearest")
+PADDING_MODES = ("zeros", "border", "reflection")
+OPTIONS = [
+    pytest.param(dict(mode=m, padding_mode=p, align_corners=a), id=f"{m}-{p}-{'corners' if a else 'edges'}")
+    for m, p, a in itertools.product(MODES, PADDING_MODES, (False, True))
+]
+DEGENERATE = {
+    "zero": ((0.0, 0.0, 0.1), (0.0, 0.0, -0.2)),
+    "rank_1": ((1.0, 0.7, 0.05), (0.9, 0.63, 0.03)),
+    "constant_x": ((0.0, 0.0, 0.11), (0.3, 1.0, 0.02)),
+    "scale_1e-3": ((1e-3, 0.0, 0.03), (0.0, 1e-3, 0.07)),
+    "scale_1e3": ((1e3, 11.0, 0.3), (-7.0, 1e3, 0.7)),
+    "quarter_turn": ((0.0, 1.03, 0.01), (-0.98, 0.0, 0.02)),
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Walks of 32 lanes, so that a small output has more rows than a tile has lanes."""
+    tiling = pytest.importorskip("tri_stn.kernels.tiling")
+    monkeypatch.setattr(tiling, "walk_tile", lambda *_: tiling.Tile((8, 4), 2, 2, 1))
+
+
+def check(case: Case, device: str) -> None:
+    """warp and both its gradients equal the truth, outside the band of discontinuities."""
+    print(case)
+    image, theta, grad = case.tensors(device)
+    band = near_discontinuity(theta, case.input_size, case.size, mode=case.mode, align_corners=case.align_corners)
+    grad = torch.where(band.unsqueeze(-3), 0, grad)
+
+    image, theta = image.requires_grad_(), theta.requires_grad_()
+    output = tri_stn.warp(image, tri_stn.Affine(theta), case.size, **case.options)
+    assert output.dtype == image.dtype and output.shape == grad.shape
+    grad_image, grad_theta = torch.autograd.grad(output, (image, theta), grad)
+
+    exact_image, exact_theta = image.detach().double().requires_grad_(), theta.detach().double().requires_grad_()
+    truth = warp_truth(exact_image, exact_theta, case.size, **case.options)
+    truth_image, truth_theta = torch.autograd.grad(truth, (exact_image, exact_theta), grad.double(), retain_graph=True)
+    (magnitude,) = torch.autograd.grad(truth, exact_image, grad.double().abs())
+
+    strict = ~(band.unsqueeze(-3) & (case.mode == "nearest"))
+    for what, actual, expected, size in (
+        ("output", torch.where(strict, output, 0), torch.where(strict, truth, 0), 1.0),
+        ("grad_input", grad_image, truth_image, magnitude),
+        ("grad_theta", grad_theta, truth_theta, _theta_magnitude(case, grad)),
+    ):
+        assert_accurate(actual, expected, image_dtype=case.dtype, magnitude=size, what=what)
+
+
+def _theta_magnitude(case: Case, grad: torch.Tensor) -> torch.Tensor:
+    """A bound on the sum of the magnitudes of the terms of grad_theta, one per output pixel and channel."""
+    slope = max(case.input_size)  # of values in [-1, 1], in units of half the image
+    return grad.double().abs().sum((-3, -2, -1))[..., None, None] * slope
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_matches_torch(backend, options, channels_last):
+    check(Case(**options, channels_last=channels_last), backend)
+
+
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+@pytest.mark.parametrize("theta_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_pair_of_dtypes(backend, dtype, theta_dtype, padding_mode):
+    if backend == "cpu" and padding_mode == "reflection" and theta_dtype != torch.float32:
+        pytest.skip("the dtypes meet the same code under border")
+    check(Case(images=1, size=(6, 7), dtype=dtype, theta_dtype=theta_dtype, padding_mode=padding_mode), backend)
+
+
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+@pytest.mark.parametrize("images,maps", [(2, 3), (1, 3), (3, 1)])
+def test_several_maps_per_image(backend, images, maps, padding_mode):
+    check(Case(images=images, maps=maps, size=(5, 7), padding_mode=padding_mode), backend)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding_mode", ["zeros", "border"])
+@pytest.mark.parametrize("theta", DEGENERATE.values(), ids=DEGENERATE)
+def test_degenerate_maps(backend, theta, mode, padding_mode, small_tiles):
+    """Right and in finite time; tall enough that the walk's lanes share out one pixel's rows."""
+    case = Case(images=1, channels=2, input_size=(9, 7), size=(40, 4), mode=mode, padding_mode=padding_mode)
+    check(case.with_(theta=theta), backend)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31])
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+def test_coordinates_that_are_nowhere(backend, value, padding_mode):
+    """Zeros padding reads nothing; the other modes read some pixel of the image. Nothing is NaN."""
+    image = torch.rand(1, 2, 5, 6, device=backend) + 1
+    image.requires_grad_()
+    theta = torch.eye(2, 3, device=backend)[None].clone()
+    theta[0, 0, 2] = value
+    theta.requires_grad_()
+    output = tri_stn.warp(image, tri_stn.Affine(theta), padding_mode=padding_mode)
+    grad_image, grad_theta = torch.autograd.grad(output.sum(), (image, theta))
+    if padding_mode == "zeros":
+        assert (output == 0).all() and (grad_image == 0).all() and (grad_theta == 0).all()
+    else:
+        assert output.min() >= 1 and output.max() <= 2
+        torch.testing.assert_close(grad_image.sum(), torch.tensor(float(output.numel()), device=backend))
+        assert (grad_theta[0, 0] == 0).all()
+
+
+def test_not_a_number_everywhere(backend, small_tiles):
+    theta = torch.full((1, 2, 3), float("nan"), device=backend)
+    image = torch.rand(1, 2, 5, 6, device=backend, requires_grad=True)
+    output = tri_stn.warp(image, tri_stn.Affine(theta), (40, 4))
+    (grad,) = torch.autograd.grad(output.sum(), image)
+    assert (output == 0).all() and (grad == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identity_is_exact(backend, mode, align_corners, dtype):
+    image = torch.randn(1, 2, 7, 10, device=backend).to(dtype).requires_grad_()
+    theta = torch.eye(2, 3, device=backend)[None]
+    output = tri_stn.warp(image, tri_stn.Affine(theta), mode=mode, align_corners=align_corners)
+    grad = torch.randn_like(output)
+    (grad_image,) = torch.autograd.grad(output, image, grad)
+    assert torch.equal(output, image) and torch.equal(grad_image, grad)
+
+
+def test_slope_at_a_pixel_is_the_one_to_its_right(backend):
+    """At the identity every sample lies on a pixel: ATen's sub-gradient is v[x + 1] - v[x]."""
+    image = torch.rand(1, 1, 4, 5, device=backend, dtype=torch.float64)
+    theta = torch.eye(2, 3, device=backend, dtype=torch.float64)[None].requires_grad_()
+    output = tri_stn.warp(image, tri_stn.Affine(theta))
+    (grad,) = torch.autograd.grad(output.sum(), theta)
+    right = (F.pad(image, (0, 1))[..., 1:] - image).sum() * 5 / 2
+    below = (F.pad(image, (0, 0, 0, 1))[..., 1:, :] - image).sum() * 4 / 2
+    torch.testing.assert_close(grad[0, :, 2], torch.stack([right, below]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("theta_dtype", [torch.bfloat16, torch.float32])
+def test_backward_reads_the_pixels_that_the_forward_read(backend, dtype, theta_dtype):
+    """Each pixel's gradient counts its reads; the forward names the pixel that each output read."""
+    width = 200  # pixel numbers stay exact in bf16
+    theta = torch.tensor([[[0.93, 0.0, 0.031], [0.0, 1.0, 0.0]]], device=backend, dtype=theta_dtype)
+    numbers = torch.arange(width, device=backend, dtype=dtype).expand(1, 1, 1, width).clone().requires_grad_()
+    output = tri_stn.warp(numbers, tri_stn.Affine(theta), mode="nearest", padding_mode="border")
+    (reads,) = torch.autograd.grad(output.sum(), numbers)
+    assert torch.equal(output.flatten().long().bincount(minlength=width), reads.flatten().long())
+
+
+STRIDES = {
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every_other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "channel_slice": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "expanded": lambda x: x[:, :1].expand_as(x),
+    "channels_last_slice": lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]],
+}
+
+
+@pytest.mark.parametrize("arrange", STRIDES.values(), ids=STRIDES)
+def test_any_strides(backend, arrange):
+    case = Case(size=(5, 6))
+    image, theta, grad = case.tensors(backend)
+    strided = arrange(image).detach().requires_grad_()
+    plain = arrange(image).detach().contiguous().requires_grad_()
+    theta.requires_grad_()
+    results = []
+    for x, g in ((strided, arrange(grad)), (plain, arrange(grad).contiguous())):
+        output = tri_stn.warp(x, tri_stn.Affine(theta), case.size)
+        results.append((output, *torch.autograd.grad(output, (x, theta), g)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("channels", [2, 40])
+def test_channels_last_is_kept(backend, channels):
+    case = Case(channels=channels, channels_last=True, size=(5, 6))
+    image, theta, grad = case.tensors(backend)
+    image.requires_grad_()
+    output = tri_stn.warp(image, tri_stn.Affine(theta), case.size)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    output.backward(grad)
+    assert image.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(input_size=(1, 1), size=(3, 2), align_corners=True),
+        Case(input_size=(1, 7), size=(1, 1), padding_mode="border"),
+        Case(input_size=(1, 1), size=(3, 2), padding_mode="reflection", align_corners=True),
+        Case(input_size=(1, 5), size=(3, 2), padding_mode="reflection"),
+        Case(channels=1, input_size=(3, 17), size=(19, 1)),
+        Case(channels=19, input_size=(3, 4), size=(2, 5)),
+        Case(images=1, channels=1, input_size=(11, 33), size=(18, 35)),
+    ],
+    ids=str,
+)
+def test_odd_sizes(backend, case):
+    check(case, backend)
+
+
+@pytest.mark.parametrize("shape,size", [((0, 3, 4, 5), (2, 2)), ((2, 0, 4, 5), (2, 2)), ((2, 3, 4, 5), (0, 2))])
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+def test_empty(backend, shape, size, padding_mode):
+    image = torch.rand(shape, device=backend, requires_grad=True)
+    theta = torch.rand(shape[0], 2, 3, device=backend, requires_grad=True)
+    output = tri_stn.warp(image, tri_stn.Affine(theta), size, padding_mode=padding_mode)
+    assert output.shape == (*shape[:2], *size)
+    for grad in torch.autograd.grad(output.sum(), (image, theta)):
+        assert (grad == 0).all()
+
+
+def test_one_image_many_maps_equals_repeated_images(backend):
+    case = Case(images=1, maps=4, size=(5, 6))
+    image, theta, grad = case.tensors(backend)
+    image.requires_grad_()
+    output = tri_stn.warp(image, tri_stn.Affine(theta[0]), case.size)
+    assert output.shape == (4, *grad.shape[2:])
+    repeated = image.detach().repeat(4, 1, 1, 1).requires_grad_()
+    expected = tri_stn.warp(repeated, tri_stn.Affine(theta[0]), case.size)
+    torch.testing.assert_close(output, expected)
+    (actual,) = torch.autograd.grad(output, image, grad[0])
+    (separate,) = torch.autograd.grad(expected, repeated, grad[0])
+    torch.testing.assert_close(actual, separate.sum(0, keepdim=True))
+
+
+def test_one_map_serves_every_image(backend):
+    image, theta, _ = Case(images=3).tensors(backend)
+    theta = theta[:1].requires_grad_()
+    output = tri_stn.warp(image, tri_stn.Affine(theta))
+    expected = tri_stn.warp(image, tri_stn.Affine(theta.expand(3, 2, 3)))
+    assert torch.equal(output, expected)
+    assert torch.autograd.grad(output.sum(), theta)[0].shape == theta.shape
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("wanted", ["input", "theta"])
+def test_one_gradient_alone_equals_the_same_of_both(backend, options, wanted):
+    case = Case(**options, images=1, size=(5, 6))
+    image, theta, grad = case.tensors(backend)
+    both = image.clone().requires_grad_(), theta.clone().requires_grad_()
+    expected = torch.autograd.grad(tri_stn.warp(both[0], tri_stn.Affine(both[1]), case.size, **case.options), both, grad)
+    index = ["input", "theta"].index(wanted)
+    alone = [image.clone(), theta.clone()]
+    alone[index].requires_grad_()
+    output = tri_stn.warp(alone[0], tri_stn.Affine(alone[1]), case.size, **case.options)
+    (actual,) = torch.autograd.grad(output, alone[index], grad)
+    torch.testing.assert_close(actual, expected[index], rtol=1e-4, atol=1e-4)
+
+
+def test_input_is_not_kept_where_only_its_gradient_is_asked_for(backend):
+    image, theta, _ = Case().tensors(backend)
+    output = tri_stn.warp(image.requires_grad_(), tri_stn.Affine(theta))
+    assert sum(t is not None and t.numel() > theta.numel() for t in output.grad_fn.saved_tensors) == 0
+
+
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+@pytest.mark.parametrize("maps", [None, 2])
+def test_gradcheck(backend, padding_mode, maps):
+    """In fp64. The fast mode probes a random direction, which the interpreter can afford."""
+    case = Case(images=1, maps=maps, channels=2, input_size=(4, 3), size=(3, 4), dtype=torch.float64)
+    image, theta, _ = case.with_(theta_dtype=torch.float64, padding_mode=padding_mode).tensors(backend)
+
+    def run(image, theta):
+        return tri_stn.warp(image, tri_stn.Affine(theta), case.size, padding_mode=padding_mode)
+
+    interpreted = "TRITON_INTERPRET" in os.environ
+    assert torch.autograd.gradcheck(run, (image.requires_grad_(), theta.requires_grad_()), fast_mode=interpreted)
+
+
+def test_large_output_in_bounded_memory(monkeypatch):
+    """The reference goes through an output in chunks, and the chunks fit together."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tri_stn.reference, "CHUNK_ELEMENTS", 100)
+    check(Case(size=(23, 17)), "cpu")
+
+
+def test_new_memory_is_poisoned(backend):
+    """The other tests find unwritten elements by this."""
+    assert torch.rand(1, device=backend).new_empty(1000).isnan().all()
