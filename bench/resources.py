@@ -84,6 +84,12 @@ def cases(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Case]:
     return result
 
 
+def all_cases() -> list[tuple[Case, str]]:
+    """All that is compiled: fp32 and bf16 everywhere, the rarer dtypes on one architecture."""
+    everywhere = [(case, arch) for case in cases(("float32", "bfloat16")) for arch in ARCHITECTURES]
+    return everywhere + [(case, "sm_90") for case in cases(("float16", "float64"))]
+
+
 def measure(case: Case, arch: str) -> Resources:
     """Compile one case and read its machine code."""
     compiled = compile_case(case, arch)

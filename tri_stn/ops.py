@@ -178,7 +178,7 @@ def _kernels() -> ModuleType:
     try:
         from . import kernels
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if str(error.name).partition(".")[0] != "triton":
             raise
         raise ModuleNotFoundError(
             "tri_stn's GPU kernels need Triton, which is not installed: pip install triton. (CPU tensors need none.)",

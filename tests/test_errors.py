@@ -1,0 +1,79 @@
+"""Bad input is a named error, before any launch, that says what was given and what is allowed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tri_stn
+
+IMAGE = torch.rand(2, 3, 4, 5)
+THETA = torch.rand(2, 2, 3)
+
+
+def affine(theta=THETA):
+    return tri_stn.Affine(theta)
+
+
+@pytest.mark.parametrize(
+    "call,error,says",
+    [
+        (lambda: tri_stn.warp(IMAGE[0], affine()), ValueError, r"\(N, C, H, W\).*got \(3, 4, 5\)"),
+        (lambda: tri_stn.warp(IMAGE[None], affine()), ValueError, r"4 dimensions; got \(1, 2, 3, 4, 5\)"),
+        (lambda: tri_stn.warp(IMAGE[:, :, :0], affine()), ValueError, r"at least one pixel; got spatial size \(0, 5\)"),
+        (lambda: tri_stn.warp(IMAGE.long(), affine()), TypeError, r"float16, bfloat16, float32, float64; got torch.int64"),
+        (lambda: tri_stn.warp(IMAGE.numpy(), affine()), TypeError, "torch.Tensor; got ndarray"),
+        (lambda: tri_stn.warp(IMAGE.to_sparse(), affine()), TypeError, "dense tensor; got layout torch.sparse_coo"),
+        (lambda: tri_stn.warp(IMAGE, THETA), TypeError, r"tri_stn.Affine\(theta\); got Tensor"),
+        (lambda: tri_stn.warp(IMAGE, affine(THETA[:1].repeat(3, 1, 1))), ValueError, "got 2 images and 3 maps"),
+        (lambda: tri_stn.warp(IMAGE, affine(torch.rand(3, 4, 2, 3))), ValueError, "got 2 images and 3 maps"),
+        (lambda: tri_stn.warp(IMAGE, affine(THETA.to("meta"))), ValueError, "same device; got cpu and meta"),
+        (lambda: tri_stn.warp(IMAGE.to("meta"), affine(THETA.to("meta"))), None, ""),
+        (lambda: tri_stn.warp(IMAGE, affine(), mode="cubic"), ValueError, "'bilinear', 'nearest'; got 'cubic'"),
+        (lambda: tri_stn.warp(IMAGE, affine(), padding_mode="wrap"), ValueError, "'zeros', .*; got 'wrap'"),
+        (lambda: tri_stn.warp(IMAGE, affine(), align_corners=None), TypeError, "True or False; got None"),
+        (lambda: tri_stn.warp(IMAGE, affine(), 5), TypeError, r"sequence of 2 integers, \(H, W\); got 5"),
+        (lambda: tri_stn.warp(IMAGE, affine(), (5.0, 5)), TypeError, r"integers, \(H, W\); got \(5.0, 5\)"),
+        (lambda: tri_stn.warp(IMAGE, affine(), (2, 3, 5, 5)), ValueError, "Leave out the batch and channels"),
+        (lambda: tri_stn.warp(IMAGE, affine(), (-1, 5)), ValueError, r"not be negative; got \(-1, 5\)"),
+        (lambda: tri_stn.Affine(THETA[0]), ValueError, r"\(N, 2, 3\) or \(N, K, 2, 3\); got \(2, 3\)"),
+        (lambda: tri_stn.Affine(THETA.mT), ValueError, r"got \(2, 3, 2\)"),
+        (lambda: tri_stn.Affine(THETA.int()), TypeError, r"floating-point dtype; got torch.int32"),
+        (lambda: tri_stn.Affine([[1, 0, 0], [0, 1, 0]]), TypeError, "torch.Tensor; got list"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, error, says):
+    if error is None:
+        assert call().device.type == "meta"  # shapes alone: tracing needs no backend
+        return
+    with pytest.raises(error, match=says):
+        call()
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_cuda_tensors_without_triton_get_one_sentence():
+    code = """
+import sys
+sys.modules["triton"] = None
+import tri_stn.ops
+try:
+    tri_stn.ops._kernels()
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    result = run(code)
+    assert result.stdout.startswith("tri_stn's GPU kernels need Triton, which is not installed"), result.stderr
+
+
+def test_unsupported_devices_get_one_sentence():
+    from tri_stn.ops import _backend
+
+    class Elsewhere:
+        device = torch.device("mps")
+
+    with pytest.raises(NotImplementedError, match="CUDA and ROCm devices and on the CPU; got a tensor on mps"):
+        _backend(Elsewhere())

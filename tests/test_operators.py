@@ -1,0 +1,171 @@
+"""The operators as PyTorch sees them: registration, tracing, autocast, what they allocate."""
+
+import importlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tri_stn
+from tri_stn.testing import Case
+
+OPTIONS = ("affine", [4, 5], "bilinear", "border", False)
+
+
+def arguments(device, dtype=torch.float32, channels_last=False):
+    case = Case(maps=2, size=(4, 5), input_size=(5, 4), dtype=dtype, channels_last=channels_last)
+    return case.tensors(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(backend, dtype, channels_last):
+    image, theta, grad = arguments(backend, dtype, channels_last)
+    ops = torch.ops.tri_stn
+    torch.library.opcheck(ops.warp_forward.default, (image, theta, *OPTIONS))
+    shape, tail = list(image.shape), ("affine", "bilinear", "border", False)
+    for need_input, need_theta in ((True, True), (True, False), (False, True)):
+        kept = image if need_theta else None
+        args = (grad.flatten(0, 1), kept, theta, shape, channels_last, *tail, need_input, need_theta)
+        torch.library.opcheck(ops.warp_backward.default, args)
+    torch.library.opcheck(ops.warp.default, (image.requires_grad_(), theta.requires_grad_(), *OPTIONS))
+
+
+def test_compile_with_dynamic_batch(backend):
+    """One graph, no breaks, compiled once for all batch sizes and image sizes; the same numbers."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(image, theta):
+        return tri_stn.warp(image * 2, tri_stn.Affine(theta), (5, 7), padding_mode="border").square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for images, height in ((5, 9), (6, 9), (9, 9), (4, 8)):
+        case = Case(images=images, input_size=(height, 13), size=(5, 7))
+        image, theta, _ = case.tensors(backend)
+        inputs = image.requires_grad_(), theta.requires_grad_()
+        actual, expected = compiled(*inputs), loss(*inputs)
+        torch.testing.assert_close(actual, expected)
+        for got, want in zip(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True):
+            torch.testing.assert_close(got, want)
+    assert counter.frame_count == 1
+
+
+def test_export_keeps_the_operator(backend):
+    class Model(torch.nn.Module):
+        def forward(self, image, theta):
+            return tri_stn.warp(image, tri_stn.Affine(theta), (5, 7))
+
+    image, theta, _ = Case(size=(5, 7)).tensors(backend)
+    program = torch.export.export(Model(), (image, theta))
+    assert any("tri_stn.warp" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(image, theta), Model()(image, theta))
+
+
+def test_autocast_leaves_coordinates_alone(backend):
+    """Under autocast F.affine_grid is a 16-bit matrix product, half a pixel off; warp is not."""
+    case = Case(images=1, channels=1, input_size=(1, 200), size=(1, 200))
+    image, theta, _ = case.tensors(backend)
+    expected = tri_stn.warp(image, tri_stn.Affine(theta), padding_mode="border")
+    with torch.autocast(backend, torch.bfloat16):
+        actual = tri_stn.warp(image, tri_stn.Affine(theta), padding_mode="border")
+    assert torch.equal(actual, expected)
+
+
+class Allocations(TorchDispatchMode):
+    """Every tensor that an operator returns, and that is not a view of one it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view and "(a!)" not in str(func._schema):
+            self.tensors.append(result)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_allocates_nothing_the_size_of_an_image(dtype, monkeypatch):
+    """No grid, no fp32 twin, no workspace: beside the results only partial sums."""
+    launcher = importlib.import_module("tri_stn.kernels.adjoint")
+    launches = []
+    for name in ("walk_kernel", "scatter_kernel"):  # the interpreter allocates for itself: don't start it
+        monkeypatch.setattr(launcher, name, Silent(name, launches))
+    image, grad = torch.empty(2, 8, 512, 512, dtype=dtype), torch.empty(2, 8, 512, 512, dtype=dtype)
+    theta = torch.empty(2, 1, 2, 3)
+    options = dict(kind="affine", mode="bilinear", padding_mode="zeros", align_corners=False)
+    with Allocations() as log:
+        launcher.adjoint(torch.empty_like(image), torch.empty_like(theta), grad, image, theta, **options)
+    sizes = sorted(t.numel() * t.element_size() for t in log.tensors)
+    assert launches == ["walk_kernel"]
+    assert sizes[-1] == image.numel() * image.element_size(), "the log must see grad_input itself"
+    assert sum(sizes[:-1]) < image.numel() // 8  # a grid alone: 4 bytes a number, 2 numbers a pixel
+
+
+class Silent:
+    """A kernel whose launches are noted and do nothing."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append(self.name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+def test_never_waits_for_the_device(padding_mode):
+    image, theta, grad = Case(padding_mode=padding_mode).tensors("cuda")
+    image.requires_grad_(), theta.requires_grad_()
+    for check in (False, True):  # the first round compiles
+        torch.cuda.set_sync_debug_mode("error" if check else "default")
+        try:
+            tri_stn.warp(image, tri_stn.Affine(theta), (11, 14), padding_mode=padding_mode).backward(grad)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding_mode", ["zeros", "border"])
+def test_captures_into_a_cuda_graph(padding_mode):
+    """Replayed on another theta, the graph takes the road that the new theta needs."""
+    image, theta, grad = Case(padding_mode=padding_mode, images=1, size=(300, 20)).tensors("cuda")
+    image.requires_grad_(), theta.requires_grad_()
+
+    def step():
+        output = tri_stn.warp(image, tri_stn.Affine(theta), (300, 20), padding_mode=padding_mode)
+        return torch.autograd.grad(output, (image, theta), grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        theta.mul_(0.001)  # a map that magnifies
+    graph.replay()
+    for actual, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_the_results(dtype):
+    image = torch.randn(4, 16, 512, 512, device="cuda", dtype=dtype, requires_grad=True)
+    theta = torch.eye(2, 3, device="cuda").repeat(4, 1, 1).requires_grad_()
+    tri_stn.warp(image, tri_stn.Affine(theta)).sum().backward()  # compiles
+    image.grad = theta.grad = None
+    grad = torch.randn_like(image)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = tri_stn.warp(image, tri_stn.Affine(theta))
+    output.backward(grad)
+    extra = torch.cuda.max_memory_allocated() - before - 2 * image.numel() * image.element_size()
+    partial_sums = 4 * (512 * 512 // 128) * (16 // 8) * 6 * 4
+    assert extra <= 2**20 + 2 * partial_sums

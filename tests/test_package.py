@@ -1,0 +1,109 @@
+"""What is public, what importing costs, and that every way of installing works from any folder."""
+
+import ast
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tri_stn
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, cwd, **kwargs):
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_public_names():
+    assert tri_stn.__all__ == ["Affine", "warp"]
+    assert all(getattr(tri_stn, name).__doc__ for name in tri_stn.__all__)
+
+
+def test_import_is_light(tmp_path):
+    """No Triton, no device work, until a GPU tensor asks for it."""
+    code = "import sys, torch, tri_stn; print('triton' in sys.modules, torch.cuda.is_initialized())"
+    before = python("import sys, torch; print('triton' in sys.modules)", tmp_path)
+    assert python(code, tmp_path) == f"{before} False"
+
+
+def test_cpu_needs_no_triton(tmp_path):
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, tri_stn
+image = torch.rand(1, 1, 4, 4, requires_grad=True)
+tri_stn.warp(image, tri_stn.Affine(torch.eye(2, 3)[None])).sum().backward()
+print(image.grad.sum().item())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    assert python(code, tmp_path, env=environment) == "16.0"
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """A wheel and an sdist, built from a copy so that the tree stays clean."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for file in filter(None, files):
+        if (ROOT / file).exists():
+            (source / file).parent.mkdir(parents=True, exist_ok=True)
+            (source / file).write_bytes((ROOT / file).read_bytes())
+    build = "import sys; from setuptools import build_meta as b; b.build_{}(sys.argv[1])"
+    for kind in ("wheel", "sdist"):
+        command = [sys.executable, "-c", build.format(kind), str(out)]
+        subprocess.run(command, cwd=source, check=True, capture_output=True)
+    return out
+
+
+def test_wheel_imports_and_works_anywhere(distributions, tmp_path):
+    (wheel,) = distributions.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import importlib.util, torch, tri_stn, tri_stn.kernels
+assert tri_stn.__file__.startswith({str(tmp_path)!r})
+assert tri_stn.kernels.__file__.startswith({str(tmp_path)!r})
+print(importlib.util.find_spec("kernels"))
+"""
+    assert python(code, tmp_path.parent) == "None"
+    assert (tmp_path / "tri_stn" / "py.typed").exists()
+
+
+def test_sdist_holds_the_kernels(distributions):
+    (sdist,) = distributions.glob("*.tar.gz")
+    names = tarfile.open(sdist).getnames()
+    assert any(name.endswith("/kernels/walk.py") for name in names)
+    assert any(name.endswith("/LICENSE") for name in names)
+
+
+def imports(file):
+    """Names of the modules that a file imports, relative ones with their dots."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+            yield from ("." * node.level + alias.name for alias in node.names if not node.module)
+
+
+@pytest.mark.parametrize(
+    "files,forbidden",
+    [
+        ("kernels/*.py", ("tri_stn", "..", "bench", "tests")),
+        ("tri_stn/reference.py", (".kernels", "tri_stn", "triton")),
+        ("tri_stn/*.py", ("triton", "bench", "tests")),
+    ],
+)
+def test_rooms_keep_to_themselves(files, forbidden):
+    """Kernels never import the torch side, the reference never imports kernels."""
+    for file in ROOT.glob(files):
+        for name in imports(file):
+            assert not name.startswith(forbidden), f"{file.name} imports {name}"

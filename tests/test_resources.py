@@ -1,0 +1,66 @@
+"""Every kernel with every combination of stages, compiled for every architecture: its machine code.
+
+Compiling needs Triton without its interpreter, so it happens in processes of its own, in parallel;
+Triton's cache makes the second run quick.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.resources import ARCHITECTURES, all_cases
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("resources") / "resources.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench", "resources", "--json", str(file)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    return json.loads(file.read_text())
+
+
+def offenders(rows, wrong):
+    return [f"{row['kernel']} {row['stages']} {row['arch']}: {row}" for row in rows if wrong(row)]
+
+
+def test_every_combination_compiles_everywhere(rows):
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    assert len(rows) == len(all_cases())
+
+
+def test_nothing_spills(rows):
+    """Registers hold everything: no spill instruction, no stack frame, no local or scratch memory."""
+    assert offenders(rows, lambda row: row["spills"] or row["local_bytes"]) == []
+
+
+def test_only_the_scatter_has_atomics(rows):
+    assert offenders(rows, lambda row: row["atomics"] and row["kernel"] != "scatter") == []
+    assert all(row["atomics"] for row in rows if row["kernel"] == "scatter")
+
+
+def test_no_compare_and_swap_loop(rows):
+    """Scalar 16-bit atomics become one on every architecture; nothing here may."""
+    assert offenders(rows, lambda row: row["cas_loops"]) == []
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_channels_last_loads_are_wide(rows, arch):
+    """32 channels beside each other are read by 128-bit loads, not one by one."""
+    kernels = [r for r in rows if r["arch"] == arch and "channels_last" in r["stages"] and "float64" not in r["stages"]]
+    assert kernels
+    assert offenders(kernels, lambda row: "128" not in row["load_widths"]) == []
+    assert offenders(kernels, lambda row: "16" in row["load_widths"]) == []
+
+
+@pytest.mark.parametrize("kernel,most", [("gather", 64), ("walk", 168), ("scatter", 168), ("reduce", 128)])
+def test_register_budget(rows, kernel, most):
+    """More registers per thread than this halve the warps that a multiprocessor holds."""
+    nvidia = [r for r in rows if r["kernel"] == kernel and r["arch"].startswith("sm_") and "float64" not in r["stages"]]
+    assert offenders(nvidia, lambda row: row["registers"] > most) == []
