@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .providers import Forward, device_copy, torch_warp
+from .providers import EAGER, Forward, device_copy, torch_warp
 from .workloads import Tensors, Workload
 
 CHUNK_ELEMENTS = 2**27
@@ -103,6 +103,14 @@ def limits(workload: Workload, tensors: Tensors, eager_errors: dict[str, float])
         eager = eager_errors.get(name, 0.0)
         allowed[name] = (eager if math.isfinite(eager) else 0.0) + torch.finfo(dtypes[name]).eps + coordinates
     return allowed
+
+
+def standard(workload: Workload, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What every provider is held to: the truth, and how far from it each tensor may be."""
+    expected, eager_errors = truth(workload, tensors), {}
+    if EAGER.available(workload, tensors.input.device) is None:
+        eager_errors = errors(evaluate(EAGER.build(workload, tensors), tensors), expected, tensors.clear)
+    return expected, limits(workload, tensors, eager_errors)
 
 
 def matches(found: dict[str, float], allowed: dict[str, float], direction: str) -> bool:

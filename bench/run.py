@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import measure
-from .providers import EAGER, Forward, Provider
+from .providers import Forward, Provider
 from .results import Row
 from .workloads import Tensors, Workload, make_tensors
 
@@ -58,13 +58,8 @@ def run(jobs: Sequence[Job], settings: Settings) -> Iterator[list[Row]]:
 def _run_job(job: Job, settings: Settings) -> Iterator[Row]:
     workload, device = job.workload, settings.device
     tensors = make_tensors(workload, device)
-    truth = measure.truth(workload, tensors)
+    truth, limits = measure.standard(workload, tensors)
     share = measure.touched(workload, tensors)
-    eager_errors = {}
-    if EAGER.available(workload, device) is None:
-        eager_errors = measure.errors(measure.evaluate(EAGER.build(workload, tensors), tensors), truth, tensors.clear)
-    limits = measure.limits(workload, tensors, eager_errors)
-
     for provider in job.providers:
         row = Row(workload, provider.name, "", limits=limits)
         directions = [d for d in workload.directions if d in settings.directions]

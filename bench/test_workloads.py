@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import measure
-from bench.providers import EAGER, PROVIDERS
+from bench.providers import PROVIDERS
 from bench.workloads import DIRECTIONS, WORKLOADS, make_tensors
 
 pytest.importorskip("pytest_benchmark")
@@ -24,11 +24,7 @@ CHOSEN = [w if DEVICE.type == "cuda" else w.small() for w in WORKLOADS]
 def _prepare(workload):
     """Tensors, truth and what error is allowed: shared by the tests of a workload, which run in a row."""
     tensors = make_tensors(workload, DEVICE)
-    truth = measure.truth(workload, tensors)
-    eager_errors = {}
-    if EAGER.available(workload, DEVICE) is None:
-        eager_errors = measure.errors(measure.evaluate(EAGER.build(workload, tensors), tensors), truth, tensors.clear)
-    return tensors, truth, measure.limits(workload, tensors, eager_errors)
+    return tensors, *measure.standard(workload, tensors)
 
 
 @pytest.mark.parametrize(
