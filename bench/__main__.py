@@ -1,0 +1,190 @@
+"""The command line: ``python -m bench``, ``python -m bench gpu``, ``python -m bench resources``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .results import Row
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    return arguments.main(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .providers import PROVIDERS
+    from .resources import ARCHITECTURES, cases
+    from .workloads import DIRECTIONS
+
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Compare tri_stn with what people use today.")
+    parser.set_defaults(main=_bench)
+    parser.add_argument("--list", action="store_true", help="name the workloads and stop")
+    parser.add_argument("--workload", action="append", metavar="TEXT", help="only workloads with this in their name")
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="only these providers")
+    parser.add_argument("--direction", action="append", choices=DIRECTIONS, help="only these directions")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--variant", choices=("full", "small"), help="default: full on cuda, small on the CPU")
+    parser.add_argument("--seconds", type=_positive, metavar="S", help="timing of one row, about")
+    parser.add_argument(
+        "--time-limit", type=_positive, metavar="S", help="leave out rows that would come after so long"
+    )
+    parser.add_argument("--commit", metavar="ID", help="name of the commit, where there is no git checkout")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results, for a run of everything")
+
+    commands = parser.add_subparsers(title="other commands", metavar="COMMAND")
+    gpu = commands.add_parser("gpu", help="tests, benchmark and memory checks on one GPU, in under nine minutes")
+    gpu.set_defaults(main=_gpu)
+    gpu.add_argument("--out", type=Path, metavar="DIR", required=True, help="where logs and results go")
+    gpu.add_argument("--commit", metavar="ID", help="name of the commit, where there is no git checkout")
+
+    resources = commands.add_parser("resources", help="what each kernel costs on each architecture; needs no GPU")
+    resources.set_defaults(main=_resources)
+    kernels = sorted({case.kernel for case in cases()})
+    resources.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
+    resources.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only these architectures")
+    resources.add_argument("--kernel", action="append", choices=kernels, help="only these kernels")
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    resources.add_argument("--dtype", action="append", choices=dtypes, help="default: float32 and bfloat16")
+    return parser
+
+
+def _positive(text: str) -> float:
+    if not (number := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"takes a number of seconds above zero; got {text}.")
+    return number
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import results
+    from .measure import copy_bandwidth
+    from .providers import PROVIDERS
+    from .report import track
+    from .run import Settings, plan, run
+    from .workloads import DIRECTIONS, WORKLOADS
+
+    chosen = [w for w in WORKLOADS if not arguments.workload or any(text in str(w) for text in arguments.workload)]
+    if not chosen:
+        return _refuse("No workload has that in its name; python -m bench --list names them all.")
+    if arguments.list:
+        print(*chosen, sep="\n")
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return _refuse("There is no CUDA device that torch can use here.")
+    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
+        return _refuse(f"--out takes a folder; {arguments.out} is a file.")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_cpu = device.type == "cpu"
+    if arguments.variant == "small" or (on_cpu and not arguments.variant):
+        torch.set_num_threads(1)  # so little work does not feed more, and waiting for them is what would be timed
+        chosen = [workload.small() for workload in chosen]
+        print("Scaled-down workloads: these times say nothing about the full ones.")
+
+    # A part of the benchmark must not take the place of the whole on the results' shelf.
+    partial = arguments.workload or arguments.provider or arguments.direction
+    folder = arguments.out or (None if partial else results.RESULTS)
+    commit = results.Commit(arguments.commit, None) if arguments.commit else results.Commit.of_checkout()
+    path = folder / results.file_name(device, commit) if folder else None
+
+    seconds = arguments.seconds or (0.05 if on_cpu else 0.1)
+    limit = arguments.time_limit or (90 if on_cpu else 420)
+    bandwidth = copy_bandwidth(device, seconds)
+    print(
+        f"{results.device_name(device)}: a large copy moves {bandwidth / 1e9:.1f} GB/s, read and written.", flush=True
+    )
+    settings = Settings(device, tuple(arguments.direction or DIRECTIONS), seconds, limit, bandwidth)
+    about = results.describe(device, commit, _command(arguments), bandwidth)
+    jobs = plan(chosen, [PROVIDERS[name] for name in arguments.provider or PROVIDERS])
+    rows: list[Row] = []
+    for new in track(run(jobs, settings), len(jobs), "bench"):
+        rows += new
+        if path:  # a run that is stopped keeps what it has measured
+            results.write(path, about, rows, complete=False)
+    if path:
+        results.write(path, about, rows, complete=True)
+    _print_rows(rows)
+    if path:
+        print(f"Results are in {path}.")
+    return int(any(row.failed for row in rows))
+
+
+def _print_rows(rows: list[Row]) -> None:
+    from .report import table
+
+    timed = [
+        (
+            row.workload,
+            row.direction,
+            row.provider,
+            f"{row.median * 1e3:.4g}",
+            f"{row.floor * 1e3:.3g}",
+            f"{row.fraction_of_floor:.0%}",
+            "not measured" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.2f}",
+        )
+        for row in rows
+        if row.times
+    ]
+    if timed:
+        print(table(("workload", "direction", "provider", "ms", "floor ms", "of floor", "peak MiB"), timed))
+    left_out: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if not row.times:
+            left_out.setdefault((row.provider, row.reason), []).append(row)
+    for (provider, reason), group in left_out.items():
+        names = ", ".join(sorted({str(row.workload) for row in group}))
+        print(f"{'FAILED' if group[0].failed else 'not run'}: {provider}, {len(group)} rows ({names}): {reason}")
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command that would repeat this run, without the paths of this machine."""
+    words = ["python", "-m", "bench"]
+    for option in ("workload", "provider", "direction", "device", "variant", "seconds", "time_limit"):
+        value = getattr(arguments, option)
+        for item in value if isinstance(value, list) else [value] if value else []:
+            words += [f"--{option.replace('_', '-')}", str(item)]
+    return shlex.join(words)
+
+
+def _gpu(arguments: argparse.Namespace) -> int:
+    from . import gpu
+
+    return gpu.main(arguments.out, arguments.commit)
+
+
+def _resources(arguments: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from . import resources
+    from .report import table, track
+    from .results import write_whole
+
+    cases = resources.cases(tuple(arguments.dtype or ("float32", "bfloat16")))
+    chosen = [case for case in cases if not arguments.kernel or case.kernel in arguments.kernel]
+    todo = [(case, arch) for arch in arguments.arch or resources.ARCHITECTURES for case in chosen]
+    rows = list(track(resources.measure_all(todo), len(todo), "kernels compiled"))
+    if arguments.json:
+        write_whole(arguments.json, resources.to_json(rows) + "\n")
+    columns = [field.name for field in fields(resources.Resources)]
+    print(table(columns, ([_cell(getattr(row, column)) for column in columns] for row in rows)))
+    return 0
+
+
+def _cell(value: object) -> object:
+    """Load widths as bits × count."""
+    return " ".join(f"{bits}×{count}" for bits, count in value.items()) if isinstance(value, dict) else value
+
+
+def _refuse(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""A row of results, and the file that keeps them: one JSON per device and commit.
+
+The file has the fields of pytest-benchmark's, so that ``pytest-benchmark compare FILE`` reads it;
+what is ours is under ``extra_info``. Rows without times stand apart, under ``not_timed``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .workloads import Workload
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    workload: Workload
+    provider: str
+    direction: str
+    match: bool | None = None
+    """Whether the result is as close to the fp64 truth as it must be; None if there was no result."""
+    reason: str = ""
+    """Why there are no times."""
+    failed: bool = False
+    """Whether that reason is a fault, rather than something that this machine cannot do."""
+    errors: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    times: Sequence[float] = ()
+    """Seconds of each call."""
+    bytes: int = 0
+    """The least that must go through memory."""
+    floor: float = 0.0
+    """Seconds that a copy of as many bytes takes on this device, measured in the same run."""
+    peak_bytes: int | None = None
+    """Memory beyond the input, the output and their gradients; None where it was not measured."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload}/{self.direction}/{self.provider}"
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def fraction_of_floor(self) -> float:
+        return self.floor / self.median
+
+    def to_json(self) -> dict[str, Any]:
+        w = asdict(self.workload) | {"provider": self.provider, "direction": self.direction}
+        row = {
+            "group": f"{self.workload}/{self.direction}",
+            "name": self.name,
+            "fullname": f"bench/workloads.py::{self.name}",
+            "param": self.name,
+            "params": w,
+        }
+        extra: dict[str, Any] = {
+            "match": self.match,
+            "errors": _finite(self.errors),
+            "limits": _finite(self.limits),
+        }
+        if not self.times:
+            return row | {"reason": self.reason, "failed": self.failed, "extra_info": extra}
+        extra |= {
+            "bytes": self.bytes,
+            "floor": self.floor,
+            "fraction_of_floor": self.fraction_of_floor,
+            "peak_bytes": self.peak_bytes,
+        }
+        return row | {"stats": stats(self.times), "extra_info": extra}
+
+
+def stats(times: Sequence[float]) -> dict[str, Any]:
+    """What pytest-benchmark keeps of a series of seconds, and the 20th and 80th percentiles."""
+    q1, _, q3 = statistics.quantiles(times, n=4, method="inclusive")
+    p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
+    mean, spread = statistics.fmean(times), statistics.stdev(times)
+    reach = 1.5 * (q3 - q1)
+    outliers = [sum(abs(t - mean) > spread for t in times), sum(not q1 - reach <= t <= q3 + reach for t in times)]
+    return {
+        "median": statistics.median(times), "q1": q1, "q3": q3, "iqr": q3 - q1, "p20": p20, "p80": p80,
+        "min": min(times), "max": max(times), "mean": mean, "stddev": spread, "ops": 1 / mean,
+        "outliers": ";".join(map(str, outliers)), "rounds": len(times), "iterations": 1,
+    }  # fmt: skip
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+
+# --- the file ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Commit:
+    id: str
+    dirty: bool | None
+    """Whether the files differ from the commit; None where that cannot be known."""
+
+    @classmethod
+    def of_checkout(cls) -> Commit:
+        """The commit of the checkout that this file lies in; "unknown" outside of one."""
+        here = Path(__file__).parent
+        try:
+            commit = _git(here, "rev-parse", "--short=10", "HEAD")
+            return cls(commit, bool(_git(here, "status", "--porcelain", "--untracked-files=no")))
+        except (OSError, subprocess.CalledProcessError):
+            return cls("unknown", None)
+
+
+def _git(folder: Path, *command: str) -> str:
+    result = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+
+
+def describe(device: torch.device, commit: Commit, command: str, copy_bandwidth: float) -> dict[str, Any]:
+    """Where, when and of what a file of results was made."""
+    about = {
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "copy_bandwidth": copy_bandwidth,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {
+        "machine_info": about,
+        "commit_info": {"id": commit.id, "dirty": commit.dirty},
+        "datetime": now,
+        "version": _version("pytest-benchmark"),
+        "command": command,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def file_name(device: torch.device, commit: Commit) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return f"{slug}-{commit.id}.json"
+
+
+def write(path: Path, about: dict[str, Any], rows: Sequence[Row], complete: bool) -> None:
+    """Write a file of results; one that was there stays whole until the new one is."""
+    document = about | {
+        "complete": complete,
+        "benchmarks": [row.to_json() for row in rows if row.times],
+        "not_timed": [row.to_json() for row in rows if not row.times],
+    }
+    write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write all of a text file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
