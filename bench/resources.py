@@ -85,9 +85,9 @@ def cases(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Case]:
 
 
 def all_cases() -> list[tuple[Case, str]]:
-    """All that is compiled: fp32 and bf16 everywhere, the rarer dtypes on one architecture."""
+    """All that is compiled: fp32 and bf16 everywhere, fp64 on one architecture (fp16 compiles as bf16 does)."""
     everywhere = [(case, arch) for case in cases(("float32", "bfloat16")) for arch in ARCHITECTURES]
-    return everywhere + [(case, "sm_90") for case in cases(("float16", "float64"))]
+    return everywhere + [(case, "sm_90") for case in cases(("float64",))]
 
 
 def measure(case: Case, arch: str) -> Resources:
@@ -165,6 +165,8 @@ def _compiling_for(arch: str) -> Iterator[dict[str, list]]:
     run, active = JITFunction.run, driver._active
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        if ARCHITECTURES[arch][0] == "hip":
+            kwargs.pop("maxnreg", None)  # which a ROCm build of torch would not have passed
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.setdefault(self.__name__, []).append(compiled)
 
@@ -228,7 +230,8 @@ def _amd_code(compiled) -> dict:
     atomics = [op for op in opcodes if re.match(r"(global|buffer|flat)_atomic_", op)]
     return {
         "registers": metadata("vgpr_count"),
-        "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        # Scalar registers spill into lanes of vector registers, not to memory: local_bytes tells.
+        "spills": metadata("vgpr_spill_count"),
         "local_bytes": metadata("private_segment_fixed_size"),
         "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
         "atomics": len(atomics),

@@ -25,10 +25,10 @@ def adjoint(grad_input, grad_parameters, grad_output, input, parameters, *, kind
     folded_only = need_input and stages.PADDINGS[padding_mode].folds
 
     dims, channels = image.dim() - 2, image.shape[1]
-    channels_last = launch.is_channels_last(image)
-    scatter_tile = tiling.gather_tile(dims, channels, channels_last)
+    layout = dims, channels, launch.is_channels_last(image), image.dtype
+    scatter_tile = tiling.scatter_tile(*layout)
     scatter_grid = scatter_tile.grid(grad_output.shape[0], channels, grad_output.shape[2:])
-    walk_tile = tiling.walk_tile(dims, channels, channels_last)
+    walk_tile = tiling.walk_tile(*layout)
     walk_grid = walk_tile.grid(image.shape[0], channels, image.shape[2:])
 
     scatter_slots = scatter_grid[0] // grad_output.shape[0] * scatter_grid[1] if folded_only or not need_input else 0

@@ -63,7 +63,7 @@ def gather_kernel(
 
 def gather(output, input, parameters, *, kind, mode, padding_mode, align_corners):
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …)."""
-    tile = tiling.gather_tile(input.dim() - 2, input.shape[1], launch.is_channels_last(input))
+    tile = tiling.gather_tile(input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype)
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
         output, input, parameters,
         launch.size(output), launch.size(input), output.shape[1], parameters.shape[1],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from triton import cdiv, next_power_of_2
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Tile:
     """Channels held in registers at once; a power of two."""
     channels_per_program: int
     num_warps: int
+    max_registers: int
+    """Per thread, on NVIDIA: left to itself, ptxas spills a few to reach the next step of occupancy."""
 
     def grid(self, images: int, channels: int, size: Sequence[int]) -> tuple[int, int]:
         """Programs for so many images, channels and an image size (y before x, as in a shape)."""
@@ -36,25 +39,36 @@ class Tile:
             "BLOCK_C": self.block_c,
             "CHANNELS_PER_PROGRAM": self.channels_per_program,
             "num_warps": self.num_warps,
+            **({} if torch.version.hip else {"maxnreg": self.max_registers}),
         }
 
 
 _BLOCKS = {1: {32: (32,), 128: (128,)}, 2: {32: (8, 4), 128: (16, 8)}, 3: {32: (8, 2, 2), 128: (8, 4, 4)}}
 
 
-def gather_tile(dims: int, channels: int, channels_last: bool) -> Tile:
+def gather_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype) -> Tile:
     """The tile of a program that owns output pixels and walks over channels."""
     if channels_last:
-        block_c = min(next_power_of_2(channels), 64)
-        return Tile(_BLOCKS[dims][32 if block_c >= 8 else 128], block_c, max(block_c, 256), 4)
-    return Tile(_BLOCKS[dims][128], min(next_power_of_2(channels), 4), 64, 4)
+        return _tile(dims, channels, channels_last, dtype, most=64, per_program=256)
+    return _tile(dims, channels, channels_last, dtype, most=4, per_program=64)
 
 
-def walk_tile(dims: int, channels: int, channels_last: bool) -> Tile:
+def scatter_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype) -> Tile:
+    """The tile of a program that owns output pixels and their gradients; it holds more than a gather."""
+    return _tile(dims, channels, channels_last, dtype, most=32 if channels_last else 4, per_program=64, cap=168)
+
+
+def walk_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype) -> Tile:
     """The tile of a program that owns input pixels and one block of channels."""
     # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
-    if channels_last:
-        block_c = min(next_power_of_2(channels), 32)
-        return Tile(_BLOCKS[dims][32 if block_c >= 8 else 128], block_c, block_c, 4)
-    block_c = min(next_power_of_2(channels), 8)
-    return Tile(_BLOCKS[dims][128], block_c, block_c, 4)
+    return _tile(dims, channels, channels_last, dtype, most=32 if channels_last else 8, per_program=0)
+
+
+def _tile(
+    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, most: int, per_program: int, cap: int = 128
+) -> Tile:
+    # fp64 takes two registers a number: a quarter of the channels, and half the programs at a time.
+    double = dtype == torch.float64
+    block_c = min(next_power_of_2(channels), max(1, most // 4) if double else most)
+    block = _BLOCKS[dims][32 if channels_last and block_c >= 8 else 128]
+    return Tile(block, block_c, max(block_c, per_program), num_warps=4, max_registers=255 if double else cap)

@@ -30,7 +30,7 @@ DEGENERATE = {
 def small_tiles(monkeypatch):
     """Walks of 32 lanes, so that a small output has more rows than a tile has lanes."""
     tiling = pytest.importorskip("tri_stn.kernels.tiling")
-    monkeypatch.setattr(tiling, "walk_tile", lambda *_: tiling.Tile((8, 4), 2, 2, 1))
+    monkeypatch.setattr(tiling, "walk_tile", lambda *_: tiling.Tile((8, 4), 2, 2, num_warps=1, max_registers=255))
 
 
 def check(case: Case, device: str) -> None:
