@@ -169,17 +169,17 @@ def _read(path: Path) -> Picture:
             image = image_ops.exif_transpose(image)
             profile = image.info.get("icc_profile") if image.mode != "CMYK" else None
             bits = 16 if image.mode.startswith("I") else 8
-            if image.mode not in ("L", "LA", "RGB", "RGBA") and bits == 8:
-                transparent = image.mode == "PA" or "transparency" in image.info
-                grey = image.mode == "1"
-                image = image.convert("L" if grey else "RGBA" if transparent else "RGB")
+            transparent = "transparency" in image.info or image.mode == "PA"  # a colour that stands for it
+            if bits == 8 and (transparent or image.mode not in ("L", "LA", "RGB", "RGBA")):
+                kept = {"1": "L", "L": "LA"}.get(image.mode, "RGBA" if transparent else "RGB")
+                image = image.convert(kept)
             array = numpy.array(image, dtype=numpy.float32)
     except FileNotFoundError as error:
         raise CommandError(f"There is no file {path}.") from error
     except image_module.UnidentifiedImageError as error:
         raise CommandError(f"{path} is not an image that Pillow can read.") from error
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
-        raise CommandError(f"{path} could not be read: {error}.") from error
+        raise CommandError(f"{path} could not be read: {getattr(error, 'strerror', None) or error}.") from error
     if not 0 <= array.min() <= array.max() < 2**bits:
         raise CommandError(f"{path} has values outside 0 to {2**bits - 1}; convert it to 8 or 16 bits first.")
     pixels = torch.from_numpy(array)
@@ -227,14 +227,14 @@ def _write(picture: Picture, path: Path, format: str) -> None:
     array = picture.pixels[0].round().clamp(0, 2**picture.bits - 1).movedim(0, -1).numpy().astype(dtype)
     image = image_module.fromarray(array[..., 0] if channels == 1 else array)
     options: dict[str, Any] = {"icc_profile": picture.icc_profile} if picture.icc_profile else {}
-    if format == "JPEG":
+    if format in ("JPEG", "WEBP"):
         options["quality"] = 95
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         image.save(temporary, format=format, **options)
         os.replace(temporary, path)
     except (OSError, ValueError) as error:
-        raise CommandError(f"{path} could not be written: {error}.") from error
+        raise CommandError(f"{path} could not be written: {getattr(error, 'strerror', None) or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -245,7 +245,7 @@ def _pillow() -> tuple[Any, Any, Any]:
         from PIL import Image, ImageOps
     except ModuleNotFoundError as error:
         package = "Pillow" if (error.name or "").startswith("PIL") else error.name
-        raise CommandError(f"This command needs {package}, which is not installed: pip install tri_stn[demo].") from error
+        raise CommandError(f"This needs {package}, which is not installed: pip install tri_stn[demo].") from error
     return Image, ImageOps, numpy
 
 
