@@ -83,15 +83,15 @@ def load_digits() -> tuple[Digits, Digits, Digits]:
     labels = torch.from_numpy(data.target).long()
     small = torch.from_numpy(data.images).float()[:, None] / 16
     large = F.interpolate(small, size=(DIGIT, DIGIT), mode="bicubic", align_corners=False)
-    digits = Digits(torch.sigmoid(12 * (large - 0.45)), labels)  # contrast: strokes with edges, on black
-    digits.images.sub_(math.exp(-12 * 0.45)).clamp_(0, 1)
+    strokes = torch.sigmoid(12 * (large - 0.45))  # contrast: edges sharp again, and the ground …
+    digits = Digits((strokes - math.exp(-12 * 0.45)).clamp(0, 1), labels)  # … as black as beyond the digit
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     test, validation, train = order.split([TEST, VALIDATION, len(labels) - TEST - VALIDATION])
     return digits[train], digits[validation], digits[test]
 
 
 def distort(digits: Digits, generator: torch.Generator, amount: float = 1.0) -> Scenes:
-    """Put each digit on a canvas, rotated, scaled and shifted at random."""
+    """Put each digit on a canvas, rotated, scaled and shifted at random; `amount` from 0 (not at all) to 1."""
     n = len(digits.labels)
     uniform = torch.rand(4, n, generator=generator)
     angle = (2 * uniform[0] - 1) * math.radians(ROTATION) * amount
@@ -225,12 +225,9 @@ def rotation_spread(net: SpatialTransformerNet, scenes: Scenes) -> tuple[float, 
     """
     net.eval()
     theta = torch.cat([net.locate(x) for x, _ in _batches(scenes, 256)])
-    before, after = (
-        scenes.theta[:, :, :2],
-        scenes.theta[:, :, :2] @ theta[:, :, :2],
-    )  # to the digit, from canvas, window
+    to_digit = scenes.theta[:, :, :2]
     spreads = []
-    for linear in (before, after):
+    for linear in (to_digit, to_digit @ theta[:, :, :2]):  # from the canvas, from the window
         # The rotation in the polar decomposition of a 2×2 matrix.
         angle = torch.atan2(linear[:, 1, 0] - linear[:, 0, 1], linear[:, 0, 0] + linear[:, 1, 1]).rad2deg()
         spreads.append(sum(float(angle[scenes.labels == c].std()) for c in range(10)) / 10)
@@ -306,12 +303,13 @@ def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def draw(plain: Learner, transformer: Learner, scenes: Scenes, path: Path) -> None:
-    """Inputs with what the transformer made of them below, two distortions of a digit per class; the curves."""
+    """Two distortions of a digit of each class, what the transformer made of each, and the learning curves."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.patches import Polygon
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     net = transformer.net
     assert isinstance(net, SpatialTransformerNet)
@@ -319,13 +317,30 @@ def draw(plain: Learner, transformer: Learner, scenes: Scenes, path: Path) -> No
     digits = len(scenes.labels) // COPIES
     # The first test digit of each class: shown as they come, not chosen.
     first = torch.stack([(scenes.labels[:digits] == c).nonzero()[0, 0] for c in range(10)])
-    ink, accent, muted = "#1f2933", "#e4572e", "#7b8794"
-    style = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": ink, "axes.labelcolor": ink,
-             "xtick.color": muted, "ytick.color": muted, "axes.edgecolor": "#cbd2d9"}  # fmt: skip
+    before, after = rotation_spread(net, scenes)
+    ink, accent, muted, pale = "#1f2933", "#e4572e", "#7b8794", "#cbd2d9"
+    style: dict[Any, Any] = {
+        "font.size": 11, "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": pale, "xtick.color": muted,
+        "ytick.color": muted,
+    }  # fmt: skip
+    # In inches: the figure; a cell and the gap beside it; the left edge and the upper edges of the rows.
+    width, height, cell, gap, left = 12.9, 7.85, 1.08, 0.07, 1.3
+    tops = (0.98, 2.1, 3.4, 4.52)
     with plt.rc_context(style):
-        figure = plt.figure(figsize=(14.2, 6.9), facecolor="white")
-        left, width, gap, side = 0.075, 0.915, 0.1, 10
-        rows = figure.add_gridspec(4, side, left=left, right=left + width, top=0.9, bottom=0.3, wspace=0.08, hspace=gap)
+        figure = plt.figure(figsize=(width, height), facecolor="white")
+
+        def place(x: float, y: float, w: float, h: float) -> Any:
+            """Axes by their upper left corner and size."""
+            return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+
+        def write(y: float, text: str, **options: Any) -> None:
+            figure.text(left / width, 1 - y / height, text, va="top", **options)
+
+        write(0.16, "A spatial transformer learns to find digits and turn them upright", size=17, weight="bold")
+        write(
+            0.52, "Told only the labels. Rotation of the test digits, spread (standard deviation) within a class: "
+            f"{before:.0f}° as they come, {after:.0f}° as the classifier sees them.", color=muted,
+        )  # fmt: skip
         for pair in range(2):
             with torch.no_grad():
                 images = scenes.images[first + pair * digits]
@@ -333,39 +348,37 @@ def draw(plain: Learner, transformer: Learner, scenes: Scenes, path: Path) -> No
                 seen = net.read(images, theta).cpu()
             corners = torch.tensor([[-1.0, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1]])
             windows = ((corners @ theta.cpu().mT + 1) * CANVAS - 1) / 2  # (10, 4, 2), in pixels
-            for column in range(side):
-                top = figure.add_subplot(rows[2 * pair, column])
-                top.imshow(images[column, 0].cpu(), cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")
-                top.add_patch(Polygon(windows[column].tolist(), fill=False, edgecolor=accent, linewidth=1.4))
-                # The window's upper edge, so that it shows which way is up.
-                top.plot(*windows[column, :2].T.tolist(), color=accent, linewidth=3.6, solid_capstyle="round")
-                bottom = figure.add_subplot(rows[2 * pair + 1, column])
-                bottom.imshow(seen[column, 0], cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")
-                for axes, edge, pixels in ((top, "#cbd2d9", CANVAS), (bottom, accent, WINDOW)):
-                    axes.set(xticks=[], yticks=[], xlim=(-0.5, pixels - 0.5), ylim=(pixels - 0.5, -0.5))
+            for column in range(10):
+                x = left + column * (cell + gap)
+                above, below = (place(x, y, cell, cell) for y in tops[2 * pair : 2 * pair + 2])
+                above.imshow(images[column, 0].cpu(), cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")
+                above.add_patch(Polygon(windows[column].tolist(), fill=False, edgecolor=accent, linewidth=1.3))
+                # The window's upper edge, thick, shows which way it takes to be up.
+                above.plot(*windows[column, :2].T.tolist(), color=accent, linewidth=3.6, solid_capstyle="round")
+                below.imshow(seen[column, 0], cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")
+                # A margin, because a window may reach beyond the canvas.
+                for axes, edge, pixels, margin in ((above, pale, CANVAS, 4), (below, accent, WINDOW, 0)):
+                    low, high = -0.5 - margin, pixels - 0.5 + margin
+                    axes.set(xticks=[], yticks=[], xlim=(low, high), ylim=(high, low))
                     axes.spines[:].set(color=edge, linewidth=1.2)
                 if column == 0:
-                    for axes, text in ((top, "input"), (bottom, "what the\ntransformer\nmade of it")):
+                    for axes, text in ((above, "input"), (below, "what the\ntransformer\nmade of it")):
                         axes.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=8)
-        figure.text(left, 0.945, "A spatial transformer learns to find and straighten digits", size=16, weight="bold")
-        before, after = rotation_spread(net, scenes)
-        figure.text(
-            left, 0.915, f"It was told only the labels. Rotation of the test digits within a class: ±{before:.0f}° as "
-            f"they come, ±{after:.0f}° after (standard deviation). The thick edge of a window is its top.", color=muted,
-        )  # fmt: skip
-        curves = figure.add_axes((left, 0.075, width, 0.165))
+        curves = place(left, 5.95, 10 * cell + 9 * gap, 1.3)
         epochs = range(1, len(plain.validation) + 1)
         for learner, name, colour in ((plain, "plain CNN", muted), (transformer, "with the transformer", accent)):
             curves.plot(epochs, learner.validation, color=colour, linewidth=2, label=name, marker="o", markersize=3)
-        curves.set_yscale("log")
-        curves.set(xlabel="epoch", ylabel="validation\nerror, %", xlim=(0.5, len(plain.validation) + 0.5))
+        curves.set(yscale="log", xlabel="epoch", xlim=(0.5, len(epochs) + 0.5))
+        curves.set_ylabel("validation\nerror, %", rotation=0, ha="right", va="center", labelpad=8)
+        curves.yaxis.set(major_locator=FixedLocator([1, 2, 5, 10, 20, 50]), minor_locator=NullLocator())
         curves.yaxis.set_major_formatter("{x:g}")
+        curves.xaxis.set_major_locator(MaxNLocator(integer=True))
         curves.spines[["top", "right"]].set_visible(False)
         curves.grid(axis="y", color="#e4e7eb")
         curves.legend(frameon=False, loc="upper right")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            figure.savefig(temporary, format="png", dpi=130)
+            figure.savefig(temporary, format="png", dpi=120)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -392,7 +405,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"The demo needs {error.name}, which is not installed: pip install -e .[demo]", file=sys.stderr)
         return 2
     name = arguments.device
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+        parser.error(f"device {name!r} is not available here; try --device cpu.")
     # Networks this small gain little from threads, lose much when cores are shared, and repeat exactly on one.
     torch.set_num_threads(1)
     demo(arguments.out, arguments.epochs, arguments.seed, device)
@@ -400,6 +419,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def demo(out: Path, epochs: int, seed: int, device: torch.device) -> None:
+    """Data, both networks, training, tables and picture."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
