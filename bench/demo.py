@@ -357,7 +357,7 @@ def draw(plain: Learner, transformer: Learner, scenes: Scenes, path: Path) -> No
                 above.plot(*windows[column, :2].T.tolist(), color=accent, linewidth=3.6, solid_capstyle="round")
                 below.imshow(seen[column, 0], cmap="gray_r", vmin=0, vmax=1, interpolation="bicubic")
                 # A margin, because a window may reach beyond the canvas.
-                for axes, edge, pixels, margin in ((above, pale, CANVAS, 4), (below, accent, WINDOW, 0)):
+                for axes, edge, pixels, margin in ((above, pale, CANVAS, 6), (below, accent, WINDOW, 0)):
                     low, high = -0.5 - margin, pixels - 0.5 + margin
                     axes.set(xticks=[], yticks=[], xlim=(low, high), ylim=(high, low))
                     axes.spines[:].set(color=edge, linewidth=1.2)
@@ -473,19 +473,19 @@ def print_tables(
     table.add_row("validation error, %", *(f"{learner.validation[-1]:.2f}" for learner in both))
     table.add_row("test error, %", *(f"{learner.error(test):.2f}" for learner in both), style="bold")
     table.add_row("training, seconds per epoch", *(f"{learner.seconds / epochs:.2f}" for learner in both))
-    table.add_row("digits' rotation that the classifier sees, ± degrees", f"{before:.1f}", f"{after:.1f}")
+    table.add_row("rotation that it sees, std, degrees", f"{before:.1f}", f"{after:.1f}")
     console.print(table)
     shape = "×".join(map(str, MEMORY_SHAPE))
     table = Table(
         title=f"Peak memory of the sampler, {shape} fp32, forward and backward, {device}", title_justify="left"
     )
     table.add_column("")
-    table.add_column("MiB beyond input, output, theta and their gradients", justify="right")
+    table.add_column("MiB beyond images, theta and gradients", justify="right")
     for name, peak in memory.items():
         table.add_row(name, f"{peak:.1f}")
     console.print(table)
     if device.type == "cpu":
-        console.print("On the CPU tri_stn runs in plain PyTorch, in chunks; the lean kernels run on a GPU.")
+        console.print("On the CPU tri_stn is plain PyTorch, in chunks; its kernels run on GPUs.")
 
 
 if __name__ == "__main__":
