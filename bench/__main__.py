@@ -165,9 +165,13 @@ def _resources(arguments: argparse.Namespace) -> int:
     from .report import table, track
     from .results import write_whole
 
-    cases = resources.cases(tuple(arguments.dtype or ("float32", "bfloat16")))
-    chosen = [case for case in cases if not arguments.kernel or case.kernel in arguments.kernel]
-    todo = [(case, arch) for arch in arguments.arch or resources.ARCHITECTURES for case in chosen]
+    todo = [
+        (case, arch)
+        for case, arch in resources.all_cases()
+        if (not arguments.kernel or case.kernel in arguments.kernel)
+        and (not arguments.dtype or case.dtype in arguments.dtype)
+        and (not arguments.arch or arch in arguments.arch)
+    ]
     rows = list(track(resources.measure_all(todo), len(todo), "kernels compiled"))
     if arguments.json:
         write_whole(arguments.json, resources.to_json(rows) + "\n")

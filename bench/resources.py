@@ -111,7 +111,7 @@ def _measure_one(item: tuple[Case, str]) -> Resources:
 
 def compile_case(case: Case, arch: str):
     """The compiled kernel that a launcher would start for this case."""
-    from tri_stn import kernels
+    from tri_stn import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
 
     dtype = getattr(torch, case.dtype)
     layout = torch.channels_last if case.channels_last else torch.contiguous_format

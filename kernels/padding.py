@@ -37,7 +37,7 @@ def border_vjp(x, size, ALIGN_CORNERS: tl.constexpr):
 
 @triton.jit
 def reflection(x, size, ALIGN_CORNERS: tl.constexpr):
-    reflected, sign = _reflect(x, size, ALIGN_CORNERS)
+    reflected, _ = _reflect(x, size, ALIGN_CORNERS)
     return border(reflected, size, ALIGN_CORNERS)
 
 

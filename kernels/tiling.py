@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from triton import cdiv, next_power_of_2
 
+
 @dataclass(frozen=True)
 class Tile:
     block: tuple[int, ...]

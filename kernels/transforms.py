@@ -48,7 +48,9 @@ def affine_load_vjp(gradients, input_size, output_size, ALIGN_CORNERS: tl.conste
 
 
 @triton.jit
-def _affine_scale(input_size, output_size, a: tl.constexpr, b: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+def _affine_scale(
+    input_size, output_size, a: tl.constexpr, b: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
+):
     """What entry (a, b) of theta is multiplied by to act on pixels."""
     scale = pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE)
     if b < len(input_size):
@@ -120,7 +122,8 @@ def affine_columns(coefficients, row, q, input_size, output_size, RADIUS: tl.con
         slope = coefficients[a * (dims + 1)]
         reach = RADIUS + _affine_margin(coefficients, a, input_size, output_size)
         centre = middle(output_size[0], slope.dtype) - s / slope
-        first_a, last_a = _clamp_interval(centre - reach / tl.abs(slope), centre + reach / tl.abs(slope), output_size[0])
+        half = reach / tl.abs(slope)
+        first_a, last_a = _clamp_interval(centre - half, centre + half, output_size[0])
         # Where x does not matter, the row is in reach as a whole or not at all.
         flat = tl.abs(slope) < 1e-30
         first = tl.maximum(first, tl.where(flat, 0, first_a))

@@ -95,7 +95,7 @@ def test_one_pass_allocates_nothing_the_size_of_an_image(dtype, monkeypatch):
         monkeypatch.setattr(launcher, name, Silent(name, launches))
     image, grad = torch.empty(2, 8, 512, 512, dtype=dtype), torch.empty(2, 8, 512, 512, dtype=dtype)
     theta = torch.empty(2, 1, 2, 3)
-    options = dict(kind="affine", mode="bilinear", padding_mode="zeros", align_corners=False)
+    options = {"kind": "affine", "mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
     with Allocations() as log:
         launcher.adjoint(torch.empty_like(image), torch.empty_like(theta), grad, image, theta, **options)
     sizes = sorted(t.numel() * t.element_size() for t in log.tensors)

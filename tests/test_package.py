@@ -50,11 +50,13 @@ print(image.grad.sum().item())
 def distributions(tmp_path_factory):
     """A wheel and an sdist, built from a copy so that the tree stays clean."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for file in filter(None, files):
-        if (ROOT / file).exists():
-            (source / file).parent.mkdir(parents=True, exist_ok=True)
-            (source / file).write_bytes((ROOT / file).read_bytes())
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for file in filter(os.path.isfile, (ROOT / name for name in listed.stdout.splitlines())):
+        copy = source / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
     build = "import sys; from setuptools import build_meta as b; b.build_{}(sys.argv[1])"
     for kind in ("wheel", "sdist"):
         command = [sys.executable, "-c", build.format(kind), str(out)]
@@ -79,7 +81,8 @@ print(importlib.util.find_spec("kernels"))
 
 def test_sdist_holds_the_kernels(distributions):
     (sdist,) = distributions.glob("*.tar.gz")
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     assert any(name.endswith("/kernels/walk.py") for name in names)
     assert any(name.endswith("/LICENSE") for name in names)
 

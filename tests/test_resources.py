@@ -59,8 +59,8 @@ def test_channels_last_loads_are_wide(rows, arch):
     assert offenders(kernels, lambda row: "16" in row["load_widths"]) == []
 
 
-@pytest.mark.parametrize("kernel,most", [("gather", 64), ("walk", 168), ("scatter", 168), ("reduce", 128)])
+@pytest.mark.parametrize("kernel,most", [("gather", 80), ("walk", 128), ("scatter", 168), ("reduce", 128)])
 def test_register_budget(rows, kernel, most):
-    """More registers per thread than this halve the warps that a multiprocessor holds."""
+    """Registers per thread bound the warps that a multiprocessor holds: 128 let it hold sixteen."""
     nvidia = [r for r in rows if r["kernel"] == kernel and r["arch"].startswith("sm_") and "float64" not in r["stages"]]
     assert offenders(nvidia, lambda row: row["registers"] > most) == []

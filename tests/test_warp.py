@@ -13,7 +13,7 @@ from tri_stn.testing import Case, assert_accurate, near_discontinuity, warp_trut
 MODES = ("bilinear", "nearest")
 PADDING_MODES = ("zeros", "border", "reflection")
 OPTIONS = [
-    pytest.param(dict(mode=m, padding_mode=p, align_corners=a), id=f"{m}-{p}-{'corners' if a else 'edges'}")
+    pytest.param({"mode": m, "padding_mode": p, "align_corners": a}, id=f"{m}-{p}-{'corners' if a else 'edges'}")
     for m, p, a in itertools.product(MODES, PADDING_MODES, (False, True))
 ]
 DEGENERATE = {
@@ -162,7 +162,9 @@ STRIDES = {
     "every_other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "channel_slice": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
     "expanded": lambda x: x[:, :1].expand_as(x),
-    "channels_last_slice": lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : x.shape[1]],
+    "channels_last_slice": lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[
+        :, : x.shape[1]
+    ],
 }
 
 
@@ -249,7 +251,9 @@ def test_one_gradient_alone_equals_the_same_of_both(backend, options, wanted):
     case = Case(**options, images=1, size=(5, 6))
     image, theta, grad = case.tensors(backend)
     both = image.clone().requires_grad_(), theta.clone().requires_grad_()
-    expected = torch.autograd.grad(tri_stn.warp(both[0], tri_stn.Affine(both[1]), case.size, **case.options), both, grad)
+    expected = torch.autograd.grad(
+        tri_stn.warp(both[0], tri_stn.Affine(both[1]), case.size, **case.options), both, grad
+    )
     index = ["input", "theta"].index(wanted)
     alone = [image.clone(), theta.clone()]
     alone[index].requires_grad_()

@@ -74,9 +74,7 @@ def warp(
 
     parameters = transform.parameters
     if parameters.device != input.device:
-        raise ValueError(
-            f"input and transform must be on the same device; got {input.device} and {parameters.device}."
-        )
+        raise ValueError(f"input and transform must be on the same device; got {input.device} and {parameters.device}.")
     parameters, batch = _match_batch(input, transform.parameters, transform.batch)
     output = ops.warp(input, parameters, transform.kind, size, mode, padding_mode, align_corners)
     return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output

@@ -87,9 +87,7 @@ def _warp_backward(
     grad_output: Tensor, input: Tensor | None, parameters: Tensor, input_shape: Sequence[int], channels_last: bool,
     kind: str, mode: str, padding_mode: str, align_corners: bool, need_input: bool, need_parameters: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    gradients = _allocate_gradients(
-        grad_output, parameters, input_shape, channels_last, need_input, need_parameters
-    )
+    gradients = _allocate_gradients(grad_output, parameters, input_shape, channels_last, need_input, need_parameters)
     if not grad_output.numel():
         return gradients[0].zero_(), gradients[1].zero_()
     _backend(grad_output).adjoint(
@@ -142,7 +140,7 @@ class _Warp(torch.autograd.Function):
         return torch.ops.tri_stn.warp_forward(*args)
 
     setup_context = staticmethod(_setup_context)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_backward))
+    backward = staticmethod(torch.autograd.function.once_differentiable(_backward))  # type: ignore[assignment]
 
 
 torch.library.register_autograd("tri_stn::warp", _backward, setup_context=_setup_context, lib=_library)
@@ -176,7 +174,7 @@ def _backend(image: Tensor) -> ModuleType:
 def _kernels() -> ModuleType:
     """The kernels, imported on first use: CPU users need no Triton."""
     try:
-        from . import kernels
+        from . import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] != "triton":
             raise

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**20
+CHUNK_ELEMENTS = 2**19
 """Working memory of a chunk: about this many numbers per intermediate tensor."""
 
 
@@ -28,7 +28,8 @@ CHUNK_ELEMENTS = 2**20
 @dataclass(frozen=True)
 class Transform:
     """`load` folds the change of units into the parameters; `map` sends centred output indices to
-    source pixels; `map_vjp` and `load_vjp` take gradients the same way back."""
+    source pixels; `map_vjp` and `load_vjp` take gradients the same way back.
+    """
 
     load: Callable[..., Tensor]
     load_vjp: Callable[..., Tensor]
@@ -147,14 +148,12 @@ def gather(
     output: Tensor, input: Tensor, parameters: Tensor, *, kind: str, mode: str, padding_mode: str, align_corners: bool
 ) -> None:
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …)."""
-    images, channels = input.shape[:2]
     for chunk in _chunks(output.shape, input, parameters, kind, mode, padding_mode, align_corners):
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=chunk.dtype)
         for corner in chunk.corners():
-            value = _read(input, corner.pixel).to(chunk.dtype)  # (M, K, P, C)
-            value = torch.where(corner.inside[..., None], value, 0)
-            total = total + corner.weight()[..., None] * value
-        total = total.movedim(-1, 2).reshape(output.shape[0], channels, -1)
+            value = _read(input, corner).to(chunk.dtype)  # (M, C, K, P)
+            total = total + corner.weight()[:, None] * torch.where(corner.inside[:, None], value, 0)
+        total = total.transpose(1, 2).flatten(0, 1)
         output.flatten(2)[:, :, chunk.start : chunk.stop] = total.to(output.dtype)
 
 
@@ -165,29 +164,31 @@ def adjoint(
     """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both."""
     image = grad_input if grad_input is not None else input
     assert image is not None
-    images, channels, *shape = image.shape
     compute = compute_dtype(image.dtype)
-    grad_image = image.new_zeros(images * math.prod(shape), channels, dtype=compute) if grad_input is not None else None
+    grad_image = None
+    if grad_input is not None:  # accumulated where it is wanted, if its dtype can hold sums
+        grad_image = grad_input.zero_() if grad_input.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
     grad_coefficients = torch.zeros_like(parameters, dtype=compute)
     for chunk in _chunks(grad_output.shape, image, parameters, kind, mode, padding_mode, align_corners):
         grad = grad_output.flatten(2)[:, :, chunk.start : chunk.stop].to(compute)
-        grad = grad.reshape(images, -1, channels, grad.shape[-1]).movedim(2, -1)  # (M, K, P, C)
+        grad = grad.unflatten(0, parameters.shape[:2]).transpose(1, 2)  # (M, C, K, P)
         grad_x = [torch.zeros_like(x) for x in chunk.x]
         for corner in chunk.corners():
+            inside = corner.inside[:, None]
             if grad_image is not None:
-                added = torch.where(corner.inside[..., None], corner.weight()[..., None] * grad, 0)
-                grad_image.index_add_(0, corner.flat(shape).flatten(), added.reshape(-1, channels))
+                added = torch.where(inside, corner.weight()[:, None] * grad, 0)
+                grad_image.flatten(2).scatter_add_(2, corner.flat(image).expand_as(added).flatten(2), added.flatten(2))
             if grad_parameters is not None and input is not None:
-                dot = (_read(input, corner.pixel).to(compute) * grad).sum(-1)
-                for axis in range(len(shape)):
+                dot = (_read(input, corner).to(compute) * grad).sum(1)
+                for axis in range(len(chunk.x)):
                     grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
         if grad_parameters is not None:
             grad_x = [g * s for g, s in zip(grad_x, chunk.padding_slopes, strict=True)]
             grad_coefficients += TRANSFORMS[kind].map_vjp(chunk.u, grad_x)
-    if grad_input is not None and grad_image is not None:
-        grad_input.copy_(grad_image.view(images, *shape, channels).movedim(-1, 1))
+    if grad_input is not None and grad_image is not None and grad_image is not grad_input:
+        grad_input.copy_(grad_image)
     if grad_parameters is not None:
-        sizes = tuple(reversed(shape)), tuple(reversed(grad_output.shape[2:]))
+        sizes = tuple(reversed(image.shape[2:])), tuple(reversed(grad_output.shape[2:]))
         grad_parameters.copy_(TRANSFORMS[kind].load_vjp(grad_coefficients, *sizes, align_corners))
 
 
@@ -213,12 +214,12 @@ class _Corner:
         others = [w for other, w in enumerate(self.weights) if other != axis]
         return math.prod(others, start=self.slopes[axis])
 
-    def flat(self, shape: Sequence[int]) -> Tensor:
-        """The pixel's position among all images' pixels, (M, K, P)."""
-        result = torch.arange(self.pixel[0].shape[0], device=self.inside.device)[:, None, None]
-        for index, size in zip(reversed(self.pixel), shape, strict=True):
-            result = result * size + index
-        return result
+    def flat(self, image: Tensor) -> Tensor:
+        """The pixel's position in the image, (M, 1, K, P)."""
+        index = torch.zeros_like(self.pixel[0])
+        for along, size in zip(reversed(self.pixel), image.shape[2:], strict=True):
+            index = index * size + along
+        return index[:, None]
 
 
 @dataclass(frozen=True)
@@ -269,12 +270,16 @@ def _chunks(
             index = index // n
         x = transform.map(coefficients, u)
         padded = [PADDINGS[padding_mode](a, n, align_corners) for a, n in zip(x, input_size, strict=True)]
-        yield _Chunk(
-            start, stop, u, [a for a, _ in padded], [s for _, s in padded], input_size, INTERPOLATIONS[mode]
-        )
+        yield _Chunk(start, stop, u, [a for a, _ in padded], [s for _, s in padded], input_size, INTERPOLATIONS[mode])
 
 
-def _read(image: Tensor, pixel: Sequence[Tensor]) -> Tensor:
-    """Pixels, d × (M, K, P) x first, of images (M, C, *size) of any strides → (M, K, P, C)."""
-    n = torch.arange(image.shape[0], device=image.device)[:, None, None]
-    return image[(n, slice(None), *reversed(pixel))]
+def _read(image: Tensor, corner: _Corner) -> Tensor:
+    """A corner's pixels of images (M, C, *size) of any strides, (M, C, K, P), without copying an image."""
+    try:
+        flat = image.view(*image.shape[:2], -1)
+    except RuntimeError:  # rows that don't follow each other: slower, but no copy
+        n = torch.arange(image.shape[0], device=image.device)[:, None, None]
+        index: tuple[Tensor | slice, ...] = (n, slice(None), *reversed(corner.pixel))
+        return image[index].movedim(-1, 1)
+    at = corner.flat(image).expand(-1, image.shape[1], -1, -1)
+    return flat.gather(2, at.flatten(2)).view(at.shape)

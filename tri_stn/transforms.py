@@ -62,7 +62,9 @@ class Affine(Transform):
         if not isinstance(theta, Tensor):
             raise TypeError(f"Affine takes theta as a torch.Tensor; got {type(theta).__name__}.")
         if not theta.is_floating_point():
-            raise TypeError(f"Affine takes theta in a floating-point dtype; got {theta.dtype}. Convert it with .float().")
+            raise TypeError(
+                f"Affine takes theta in a floating-point dtype; got {theta.dtype}. Convert it with .float()."
+            )
         if theta.dim() not in (3, 4) or theta.shape[-2:] != (2, 3):
             raise ValueError(f"Affine takes theta of shape (N, 2, 3) or (N, K, 2, 3); got {tuple(theta.shape)}.")
 

@@ -1,0 +1,73 @@
+"""The README's figure of the coordinate convention. Run `python -m bench.figures [--out DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+WIDTH, HEIGHT = 4, 3
+INK, ACCENT, MUTED, PALE = "#1f2933", "#e4572e", "#7b8794", "#e4e7eb"
+
+
+def coordinates(path: Path) -> None:
+    """What -1 and 1 mean under both values of align_corners, on an image of 4 × 3 pixels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({"font.size": 11, "text.color": INK}):
+        figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), facecolor="white")
+        for axes, align_corners in zip(panels, (False, True), strict=True):
+            _panel(axes, align_corners)
+        figure.subplots_adjust(left=0.02, right=0.98, top=0.84, bottom=0.05, wspace=0.02)
+        temporary = path.with_name(f".{path.name}.tmp")
+        figure.savefig(temporary, format="png", dpi=110)
+        os.replace(temporary, path)
+        plt.close(figure)
+
+
+def _panel(axes: Any, align_corners: bool) -> None:
+    for y in range(HEIGHT):
+        for x in range(WIDTH):
+            axes.add_patch(_square(x, y))
+            axes.plot(x, y, "o", color=MUTED, markersize=4)
+            axes.text(x + 0.07, y + 0.1, f"[{y}, {x}]", va="top", color=MUTED, size=9)
+    edge = 0.0 if align_corners else 0.5
+    left, top, right, bottom = -edge, -edge, WIDTH - 1 + edge, HEIGHT - 1 + edge
+    axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=ACCENT, linewidth=2.2)
+    for x, y, text, horizontal in ((left, top, "(-1, -1)", "right"), (right, bottom, "(1, 1)", "left")):
+        axes.plot(x, y, "o", color=ACCENT, markersize=7)
+        side = -0.12 if horizontal == "right" else 0.12
+        axes.text(x + side, y - 0.13, text, ha=horizontal, va="center", color=ACCENT, weight="bold")
+    middle = ((WIDTH - 1) / 2, (HEIGHT - 1) / 2)
+    axes.plot(*middle, "+", color=ACCENT, markersize=12, markeredgewidth=2.2)
+    axes.text(middle[0], middle[1] - 0.16, "(0, 0)", ha="center", va="bottom", color=ACCENT, weight="bold")
+    arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.3}
+    axes.annotate("", (1.4, -0.95), (-0.5, -0.95), arrowprops=arrow)
+    axes.text(1.5, -0.95, "x, along the width", va="center")
+    axes.annotate("", (-1.2, 1.2), (-1.2, -0.5), arrowprops=arrow)
+    axes.text(-1.2, 1.3, "y", ha="center", va="top")
+    meaning = "the centres of the outermost pixels" if align_corners else "the outer edges of the image (default)"
+    axes.set_title(f"align_corners={align_corners}\n±1 are {meaning}", size=12, pad=14)
+    axes.set(xlim=(-1.7, WIDTH + 0.4), ylim=(HEIGHT - 0.05, -1.25), aspect="equal")
+    axes.axis("off")
+
+
+def _square(x: int, y: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="white" if (x + y) % 2 else "#f5f7fa", edgecolor=PALE)
+
+
+def main() -> None:
+    """Draw every figure."""
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "pictures")
+    coordinates(parser.parse_args().out / "coordinates.png")
+
+
+if __name__ == "__main__":
+    main()
