@@ -30,13 +30,13 @@ def coordinates(path: Path) -> None:
 
 
 def _panel(axes: Any, align_corners: bool) -> None:
-    for y in range(HEIGHT):
-        for x in range(WIDTH):
-            axes.add_patch(_square(x, y))
-            axes.plot(x, y, "o", color=MUTED, markersize=4)
-            axes.text(x + 0.07, y + 0.1, f"[{y}, {x}]", va="top", color=MUTED, size=9)
+    for row in range(HEIGHT):
+        for column in range(WIDTH):
+            axes.add_patch(_square(column, row))
+            axes.plot(column, row, "o", color=MUTED, markersize=4)
+            axes.text(column + 0.07, row + 0.1, f"[{row}, {column}]", va="top", color=MUTED, size=9)
     edge = 0.0 if align_corners else 0.5
-    left, right, top, bottom = (float(v) for v in (-edge, WIDTH - 1 + edge, -edge, HEIGHT - 1 + edge))
+    left, right, top, bottom = -edge, WIDTH - 1 + edge, -edge, HEIGHT - 1 + edge
     axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=ACCENT, linewidth=2.2)
     for x, y, text, horizontal in ((left, top, "(-1, -1)", "right"), (right, bottom, "(1, 1)", "left")):
         axes.plot(x, y, "o", color=ACCENT, markersize=7)

@@ -162,16 +162,15 @@ def _compiling_for(arch: str) -> Iterator[dict[str, list]]:
     from triton.runtime.jit import JITFunction
 
     launches: dict[str, list] = {}
-    run, active = JITFunction.run, driver._active
+    run, active, hip = JITFunction.run, driver._active, torch.version.hip
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        if ARCHITECTURES[arch][0] == "hip":
-            kwargs.pop("maxnreg", None)  # which a ROCm build of torch would not have passed
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.setdefault(self.__name__, []).append(compiled)
 
     JITFunction.run = compile_only  # type: ignore[method-assign]
     driver.set_active(_Driver(arch))
+    torch.version.hip = "as on ROCm" if ARCHITECTURES[arch][0] == "hip" else None  # launchers ask it for the vendor
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
@@ -179,6 +178,7 @@ def _compiling_for(arch: str) -> Iterator[dict[str, list]]:
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
         driver._active = active
+        torch.version.hip = hip
 
 
 @functools.cache

@@ -36,9 +36,6 @@ def tile_index(tile, lane, size, BLOCK: tl.constexpr):
     for axis in tl.static_range(len(BLOCK)):
         tiles = tl.cdiv(size[axis], BLOCK[axis])
         along = (tile % tiles) * BLOCK[axis] + lane % BLOCK[axis]
-        # Deny the contiguity along x: it would give each thread neighbouring pixels to store at once,
-        # and make the warps, left with one block of pixels, repeat each other's coordinates.
-        along = tl.max_contiguous(along, 1)
         mask = mask & (along < size[axis])
         index = index + (along,)
         tile = tile // tiles
@@ -74,28 +71,9 @@ def offset(index, strides, INDEX: tl.constexpr):
 
 
 @triton.jit
-def block_offset(pixel, c, stride_c, CHANNELS_LAST: tl.constexpr):
-    """Element offsets of a block from the pixels' offsets and the channels' indices."""
-    channel = c.to(pixel.dtype) * stride_c
-    return along_pixels(pixel, CHANNELS_LAST) + along_channels(channel, CHANNELS_LAST)
-
-
-@triton.jit
-def along_pixels(x, CHANNELS_LAST: tl.constexpr):
-    """[LANES] as a factor of a [channels, pixels] block, or [pixels, channels] for channels_last."""
-    if CHANNELS_LAST:
-        return x[:, None]
-    else:
-        return x[None, :]
-
-
-@triton.jit
-def along_channels(x, CHANNELS_LAST: tl.constexpr):
-    """[BLOCK_C] as a factor of the same block."""
-    if CHANNELS_LAST:
-        return x[None, :]
-    else:
-        return x[:, None]
+def block_offset(pixel, c, stride_c):
+    """Element offsets of a [pixels, channels] block from the pixels' offsets and the channels' indices."""
+    return pixel[:, None] + (c.to(pixel.dtype) * stride_c)[None, :]
 
 
 @triton.constexpr_function

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import launch, stages, tiling
-from .coordinates import along_channels, along_pixels, block_offset, centred, lanes, offset, tile_count, tile_index
+from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
 from .interpolation import axis_taps, corner, product
 
 
@@ -25,8 +25,8 @@ def gather_kernel(
     input_stride_n, input_stride_c, input_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, PARAMETERS: tl.constexpr,
     PADDING: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     tiles = tile_count(output_size, BLOCK)
     m = (tl.program_id(0) // tiles).to(tl.int64)
@@ -42,23 +42,24 @@ def gather_kernel(
     input_ptr += (m // maps) * input_stride_n
     output_ptr += m * output_stride_n
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
-    for first in range(start, tl.minimum(start + CHANNELS_PER_PROGRAM, channels), BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        in_channels = along_channels(c < channels, CHANNELS_LAST)
-        output = 0.0
-        for corner_id in tl.static_range(TAPS ** len(BLOCK)):
-            weights, _, pixel, inside = corner(taps, corner_id, TAPS)
-            value = tl.load(
-                input_ptr + block_offset(offset(pixel, input_strides, INDEX), c, input_stride_c, CHANNELS_LAST),
-                mask=along_pixels(inside & mask, CHANNELS_LAST) & in_channels,
-                other=0.0,
+    for first in range(start, tl.minimum(start + CHANNELS_PER_PROGRAM, channels), UNROLL * BLOCK_C):
+        for block in tl.static_range(UNROLL):
+            c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+            in_channels = (c < channels)[None, :]
+            output = 0.0  # [LANES, BLOCK_C]
+            for corner_id in tl.static_range(TAPS ** len(BLOCK)):
+                weights, _, pixel, inside = corner(taps, corner_id, TAPS)
+                value = tl.load(
+                    input_ptr + block_offset(offset(pixel, input_strides, INDEX), c, input_stride_c),
+                    mask=(inside & mask)[:, None] & in_channels,
+                    other=0.0,
+                )
+                output += product(weights)[:, None] * value.to(COMPUTE)
+            tl.store(
+                output_ptr + block_offset(offset(p, output_strides, INDEX), c, output_stride_c),
+                output.to(output_ptr.dtype.element_ty),
+                mask=mask[:, None] & in_channels,
             )
-            output += along_pixels(product(weights), CHANNELS_LAST) * value.to(COMPUTE)
-        tl.store(
-            output_ptr + block_offset(offset(p, output_strides, INDEX), c, output_stride_c, CHANNELS_LAST),
-            output.to(output_ptr.dtype.element_ty),
-            mask=along_pixels(mask, CHANNELS_LAST) & in_channels,
-        )
 
 
 def gather(output, input, parameters, *, kind, mode, padding_mode, align_corners):

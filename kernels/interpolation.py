@@ -44,10 +44,9 @@ def first_tap(x, TAPS: tl.constexpr):
 @triton.jit
 def touches(x, q, TAPS: tl.constexpr):
     """Whether pixel q is among the taps of x; false for NaN."""
-    if TAPS == 1:
-        return _round(x) == q
-    else:
-        return (x - q >= -(TAPS // 2)) & (x - q < TAPS // 2)
+    # Not by the distance x - q: it rounds, and would add a pixel that the sample did not read.
+    first = first_tap(x, TAPS)
+    return (q >= first) & (q <= first + (TAPS - 1))
 
 
 @triton.jit

@@ -35,10 +35,9 @@ def compute_dtype(dtype):
 
 
 def constants(*images):
-    """Compile-time arguments that follow from the images; the first decides dtype and layout."""
+    """Compile-time arguments that follow from the images; the first decides the dtype."""
     far = max(sum((n - 1) * s for n, s in zip(i.shape[1:], i.stride()[1:], strict=True)) for i in images)
     return {
-        "CHANNELS_LAST": is_channels_last(images[0]),
         "COMPUTE": tl.float64 if images[0].dtype == torch.float64 else tl.float32,
         "INDEX": tl.int64 if far > _INT32_MAX else tl.int32,
     }

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import tuples
-from .coordinates import along_channels, along_pixels, block_offset, centred, lanes, offset, tile_count, tile_index
+from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
 from .interpolation import axis_taps, corner, product, product_vjp
 from .transforms import store_gradients
 
@@ -28,9 +28,9 @@ def scatter_kernel(
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     PARAMETERS: tl.constexpr, PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     FOLDED_ONLY: tl.constexpr, NEED_INPUT: tl.constexpr, NEED_PARAMETERS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = lanes(BLOCK)
     tiles = tile_count(output_size, BLOCK)
@@ -58,36 +58,34 @@ def scatter_kernel(
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
     stop = tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
     # Most tiles hold no folded sample at all.
-    for first in range(start, tl.where(tl.max(mask.to(tl.int32)) > 0, stop, start), BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        in_channels = along_channels(c < channels, CHANNELS_LAST)
-        grad_output = tl.load(
-            grad_output_ptr
-            + block_offset(offset(p, grad_output_strides, INDEX), c, grad_output_stride_c, CHANNELS_LAST),
-            mask=along_pixels(mask, CHANNELS_LAST) & in_channels,
-            other=0.0,
-        ).to(COMPUTE)
-        for corner_id in tl.static_range(TAPS ** len(BLOCK)):
-            weights, slopes, pixel, inside = corner(taps, corner_id, TAPS)
-            corner_mask = along_pixels(inside & mask, CHANNELS_LAST) & in_channels
-            if NEED_INPUT:
-                pixel_offset = offset(pixel, grad_input_strides, INDEX)
-                tl.atomic_add(
-                    grad_input_ptr
-                    + n * grad_input_stride_n
-                    + block_offset(pixel_offset, c, grad_input_stride_c, CHANNELS_LAST),
-                    along_pixels(product(weights), CHANNELS_LAST) * grad_output,
-                    mask=corner_mask,
-                    sem="relaxed",
-                )
-            if NEED_PARAMETERS:
-                value = tl.load(
-                    input_ptr + block_offset(offset(pixel, input_strides, INDEX), c, input_stride_c, CHANNELS_LAST),
-                    mask=corner_mask,
-                    other=0.0,
-                ).to(COMPUTE)
-                dot = tl.sum(value * grad_output, axis=1 if CHANNELS_LAST else 0)
-                grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
+    for first in range(start, tl.where(tl.max(mask.to(tl.int32)) > 0, stop, start), UNROLL * BLOCK_C):
+        for block in tl.static_range(UNROLL):
+            c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+            in_channels = (c < channels)[None, :]
+            grad_output = tl.load(
+                grad_output_ptr + block_offset(offset(p, grad_output_strides, INDEX), c, grad_output_stride_c),
+                mask=mask[:, None] & in_channels,
+                other=0.0,
+            ).to(COMPUTE)  # [LANES, BLOCK_C]
+            for corner_id in tl.static_range(TAPS ** len(BLOCK)):
+                weights, slopes, pixel, inside = corner(taps, corner_id, TAPS)
+                corner_mask = (inside & mask)[:, None] & in_channels
+                if NEED_INPUT:
+                    own = block_offset(offset(pixel, grad_input_strides, INDEX), c, grad_input_stride_c)
+                    tl.atomic_add(
+                        grad_input_ptr + n * grad_input_stride_n + own,
+                        product(weights)[:, None] * grad_output,
+                        mask=corner_mask,
+                        sem="relaxed",
+                    )
+                if NEED_PARAMETERS:
+                    value = tl.load(
+                        input_ptr + block_offset(offset(pixel, input_strides, INDEX), c, input_stride_c),
+                        mask=corner_mask,
+                        other=0.0,
+                    )
+                    dot = tl.sum(value.to(COMPUTE) * grad_output, axis=1)
+                    grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
 
     if NEED_PARAMETERS:
         slot = m * slots + tile * tl.num_programs(1) + tl.program_id(1)

@@ -19,7 +19,9 @@ class Tile:
     block: tuple[int, ...]
     """Pixels along each axis, x first; powers of two."""
     block_c: int
-    """Channels held in registers at once; a power of two."""
+    """Channels beside each other in a block; a power of two."""
+    unroll: int
+    """Blocks of channels held in registers at once."""
     channels_per_program: int
     num_warps: int
     max_registers: int
@@ -35,12 +37,15 @@ class Tile:
 
     def constants(self) -> dict[str, Any]:
         """The tile as a launch takes it."""
+        # An AMD wavefront has 64 threads, twice NVIDIA's warp; its compiler takes no register cap.
+        amd = torch.version.hip is not None
         return {
             "BLOCK": self.block,
             "BLOCK_C": self.block_c,
+            "UNROLL": self.unroll,
             "CHANNELS_PER_PROGRAM": self.channels_per_program,
-            "num_warps": self.num_warps,
-            **({} if torch.version.hip else {"maxnreg": self.max_registers}),
+            "num_warps": max(1, self.num_warps // 2) if amd else self.num_warps,
+            **({} if amd else {"maxnreg": self.max_registers}),
         }
 
 
@@ -70,6 +75,9 @@ def _tile(
 ) -> Tile:
     # fp64 takes two registers a number: a quarter of the channels, and half the programs at a time.
     double = dtype == torch.float64
-    block_c = min(next_power_of_2(channels), max(1, most // 4) if double else most)
-    block = _BLOCKS[dims][32 if channels_last and block_c >= 8 else 128]
-    return Tile(block, block_c, max(block_c, per_program), num_warps=4, max_registers=255 if double else cap)
+    held = min(next_power_of_2(channels), max(1, most // 4) if double else most)
+    # Channels that lie apart are separate blocks: in one block, Triton would put a warp's threads on
+    # them, or repeat the coordinates in every warp, as its version happens to break ties.
+    block_c, unroll = (held, 1) if channels_last else (1, held)
+    block = _BLOCKS[dims][32 if block_c >= 8 else 128]
+    return Tile(block, block_c, unroll, max(held, per_program), num_warps=4, max_registers=255 if double else cap)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import tuples
-from .coordinates import along_channels, along_pixels, block_offset, centred, lanes, offset, tile_count, tile_index
+from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
 from .interpolation import product, product_vjp, touches
 from .transforms import store_gradients
 
@@ -38,10 +38,11 @@ def walk_kernel(
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARAMETERS: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr, FOLDS: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr, CHANNELS_LAST: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
-    NEED_PARAMETERS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    NEED_PARAMETERS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    tl.static_assert(CHANNELS_PER_PROGRAM == BLOCK_C, "a walk holds its channels in registers")
+    tl.static_assert(CHANNELS_PER_PROGRAM == UNROLL * BLOCK_C, "a walk holds its channels in registers")
     LANES: tl.constexpr = lanes(BLOCK)
     RADIUS: tl.constexpr = TAPS // 2 if TAPS > 1 else 1
     lane = tl.arange(0, LANES)
@@ -50,15 +51,15 @@ def walk_kernel(
     n = (tl.program_id(0) // tiles).to(tl.int64)
     q, mask = tile_index(tile, lane, input_size, BLOCK)
 
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_channels = along_channels(c < channels, CHANNELS_LAST)
-    own_mask = along_pixels(mask, CHANNELS_LAST) & in_channels  # [BLOCK_C, LANES], or transposed
     input_ptr += n * input_stride_n
     grad_input_ptr += n * grad_input_stride_n
-    grad_input = tl.zeros(own_mask.shape, COMPUTE)
+    grad_input = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
     if FOLDS:
-        own = block_offset(offset(q, grad_input_strides, INDEX), c, grad_input_stride_c, CHANNELS_LAST)
-        grad_input += tl.load(scattered_ptr + n * grad_input_stride_n + own, mask=own_mask, other=0.0).to(COMPUTE)
+        scattered = scattered_ptr + n * grad_input_stride_n
+        pixel_offset = offset(q, grad_input_strides, INDEX)
+        grad_input = _load_channels(
+            scattered, pixel_offset, grad_input_stride_c, mask, channels, BLOCK_C, UNROLL, COMPUTE
+        )
 
     for k in range(maps):
         m = n * maps + k
@@ -74,14 +75,13 @@ def walk_kernel(
             position = tuples.to(pixel, COMPUTE)
             first_row, last_row = ROWS(coefficients, position, input_size, output_size, RADIUS)
             rows, shape = _count_rows(first_row, last_row, pixel_mask)
-            values = 0.0
+            values = ()
             if NEED_PARAMETERS:
-                values = tl.load(
-                    input_ptr + block_offset(offset(pixel, input_strides, INDEX), c, input_stride_c, CHANNELS_LAST),
-                    mask=along_pixels(pixel_mask, CHANNELS_LAST) & in_channels,
-                    other=0.0,
-                ).to(COMPUTE)
-            collected = tl.zeros(own_mask.shape, COMPUTE)
+                pixel_offset = offset(pixel, input_strides, INDEX)
+                values = _load_channels(
+                    input_ptr, pixel_offset, input_stride_c, pixel_mask, channels, BLOCK_C, UNROLL, COMPUTE
+                )
+            collected = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
             for r in range(0, rows, tl.where(wide, LANES, 1)):
                 row, in_row = _unravel_row(tl.where(wide, r + lane, r), first_row, last_row, shape)
                 in_row &= pixel_mask
@@ -96,33 +96,79 @@ def walk_kernel(
                         hit &= touches(x[axis], position[axis], TAPS)
                         if FOLDS:
                             hit &= (x[axis] > 0) & (x[axis] < (input_size[axis] - 1).to(COMPUTE))
-                    p = offset((column,) + row, grad_output_strides, INDEX)
-                    grad_output = tl.load(
-                        grad_output_ptr
-                        + m * grad_output_stride_n
-                        + block_offset(p, c, grad_output_stride_c, CHANNELS_LAST),
-                        mask=along_pixels(hit, CHANNELS_LAST) & in_channels,
-                        other=0.0,
-                    ).to(COMPUTE)
+                    grad_output = _load_channels(
+                        grad_output_ptr + m * grad_output_stride_n,
+                        offset((column,) + row, grad_output_strides, INDEX),
+                        grad_output_stride_c, hit, channels, BLOCK_C, UNROLL, COMPUTE,
+                    )  # fmt: skip
                     weights, slopes = _weigh(x, position, hit, WEIGHT, WEIGHT_VJP)
-                    collected += along_pixels(product(weights), CHANNELS_LAST) * grad_output
+                    collected = _add_scaled(collected, product(weights), grad_output)
                     if NEED_PARAMETERS:
-                        dot = tl.sum(grad_output * values, axis=1 if CHANNELS_LAST else 0)
-                        grad_x = product_vjp(weights, slopes, dot)
+                        grad_x = product_vjp(weights, slopes, _dot(grad_output, values))
                         gradients = tuples.add(gradients, TRANSFORM_VJP(coefficients, u, grad_x))
             if wide:
-                total = tl.sum(collected, axis=0 if CHANNELS_LAST else 1)
-                theirs = along_pixels(lane == turn, CHANNELS_LAST)
-                collected = tl.where(theirs, along_channels(total, CHANNELS_LAST), 0.0)
-            grad_input += collected
+                collected = _hand_over(collected, lane == turn)
+            grad_input = tuples.add(grad_input, collected)
 
         if NEED_PARAMETERS:
             slot = m * slots + first_slot + tile * tl.num_programs(1) + tl.program_id(1)
             partials = partials_ptr + slot * PARAMETERS
             store_gradients(partials, gradients, LOAD_VJP, input_size, output_size, ALIGN_CORNERS, COMPUTE)
 
-    own = block_offset(offset(q, grad_input_strides, INDEX), c, grad_input_stride_c, CHANNELS_LAST)
-    tl.store(grad_input_ptr + own, grad_input.to(grad_input_ptr.dtype.element_ty), mask=own_mask)
+    pixel_offset = offset(q, grad_input_strides, INDEX)
+    for block in tl.static_range(UNROLL):
+        c = _channels(block, BLOCK_C, UNROLL)
+        tl.store(
+            grad_input_ptr + block_offset(pixel_offset, c, grad_input_stride_c),
+            grad_input[block].to(grad_input_ptr.dtype.element_ty),
+            mask=mask[:, None] & (c < channels)[None, :],
+        )
+
+
+@triton.jit
+def _channels(block: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr):
+    """The program's channels, [BLOCK_C] of them at a time."""
+    return (tl.program_id(1) * UNROLL + block) * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def _load_channels(
+    ptr, pixel, stride_c, mask, channels, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """The program's channels of some pixels: UNROLL blocks [LANES, BLOCK_C], 0 where masked."""
+    blocks = ()
+    for block in tl.static_range(UNROLL):
+        c = _channels(block, BLOCK_C, UNROLL)
+        value = tl.load(ptr + block_offset(pixel, c, stride_c), mask=mask[:, None] & (c < channels)[None, :], other=0.0)
+        blocks = blocks + (value.to(COMPUTE),)
+    return blocks
+
+
+@triton.jit
+def _add_scaled(total, scale, blocks):
+    result = ()
+    for block in tl.static_range(len(total)):
+        result = result + (total[block] + scale[:, None] * blocks[block],)
+    return result
+
+
+@triton.jit
+def _dot(x, y):
+    """Sum over all channels, [LANES]."""
+    result = tl.sum(x[0] * y[0], axis=1)
+    for block in tl.static_range(1, len(x)):
+        result += tl.sum(x[block] * y[block], axis=1)
+    return result
+
+
+@triton.jit
+def _hand_over(collected, owner):
+    """What all lanes collected together, given to the one lane that owns the pixel."""
+    result = ()
+    for block in tl.static_range(len(collected)):
+        total = tl.sum(collected[block], axis=0)
+        result = result + (tl.where(owner[:, None], total[None, :], 0.0),)
+    return result
 
 
 @triton.jit

@@ -30,7 +30,7 @@ DEGENERATE = {
 def small_tiles(monkeypatch):
     """Walks of 32 lanes, so that a small output has more rows than a tile has lanes."""
     tiling = pytest.importorskip("tri_stn.kernels.tiling")
-    monkeypatch.setattr(tiling, "walk_tile", lambda *_: tiling.Tile((8, 4), 2, 2, num_warps=1, max_registers=255))
+    monkeypatch.setattr(tiling, "walk_tile", lambda *_: tiling.Tile((8, 4), 1, 2, 2, num_warps=1, max_registers=255))
 
 
 def check(case: Case, device: str) -> None:
@@ -143,6 +143,18 @@ def test_slope_at_a_pixel_is_the_one_to_its_right(backend):
     right = (F.pad(image, (0, 1))[..., 1:] - image).sum() * 5 / 2
     below = (F.pad(image, (0, 0, 0, 1))[..., 1:, :] - image).sum() * 4 / 2
     torch.testing.assert_close(grad[0, :, 2], torch.stack([right, below]))
+
+
+def test_a_rounded_distance_adds_no_pixel(backend):
+    """A hair left of pixel 0, the distance to pixel 1 rounds to one; the sample reads -1 and 0 all the same."""
+    image = torch.tensor([[[[3.0, 5.0, 7.0]]]], device=backend, requires_grad=True)
+    theta = torch.eye(2, 3, device=backend)[None].clone()
+    theta[0, 0, 2] = -(2.0**-24)
+    theta.requires_grad_()
+    output = tri_stn.warp(image, tri_stn.Affine(theta), align_corners=True)
+    weights = torch.tensor([[[[1.0, 0.0, 0.0]]]], device=backend)
+    _, grad = torch.autograd.grad(output, (image, theta), weights)
+    assert grad[0, 0, 2] == 3.0  # (pixel 0 minus nothing) per pixel, one pixel per unit
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
