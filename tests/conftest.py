@@ -27,11 +27,14 @@ if DEVICE == "cpu":
     InterpreterBuilder.cast_impl = _cast_rounding_bf16
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    if DEVICE == "cpu":
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+    """Tests for a GPU only are skipped without one; with one, tests of the kernels are GPU tests too."""
+    for item in items:
+        if DEVICE == "cpu" and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+        elif DEVICE == "cuda" and getattr(item, "callspec", None) and item.callspec.params.get("backend") == "kernels":
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(params=["kernels", "reference"])

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tri_stn
