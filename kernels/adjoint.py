@@ -1,10 +1,13 @@
 """The backward pass: which kernels run, what they leave for each other, and the last small sum.
 
-- grad_input, with or without the transform's gradient: the walk. Where the padding folds, the
-  scatter goes first for the folded samples, in fp32, and the walk starts from what it left.
+- grad_input of a transform that bounds its preimages, with or without the transform's gradient: the
+  walk. Where the padding folds, the scatter goes first for the folded samples, in fp32, and the
+  walk starts from what it left.
+- grad_input of a dense map: the scatter alone.
 - The transform's gradient alone: a reduction over the output, the scatter kernel without atomics.
 
-Every program leaves its sum of the transform's gradient in a slot of its own; torch adds the slots.
+The gradient of a few parameters is a sum over everything: every program leaves its share in a slot
+of its own, and torch adds the slots. Those of a dense map belong to one output pixel each.
 """
 
 import torch
@@ -22,49 +25,63 @@ def adjoint(grad_input, grad_parameters, grad_output, input, parameters, *, kind
     image = grad_input if grad_input is not None else input
     source = input if input is not None else grad_input
     need_input, need_parameters = grad_input is not None, grad_parameters is not None
-    folded_only = need_input and stages.PADDINGS[padding_mode].folds
+    dense, folds = stages.TRANSFORMS[kind].dense, stages.PADDINGS[padding_mode].folds
+    walks = need_input and not dense
+    scatters = dense or folds or not need_input
 
     dims, channels = image.dim() - 2, image.shape[1]
     layout = dims, channels, launch.is_channels_last(image), image.dtype
-    scatter_tile = tiling.scatter_tile(*layout)
+    scatter_tile = tiling.scatter_tile(*layout, whole=dense and need_parameters)
     scatter_grid = scatter_tile.grid(grad_output.shape[0], channels, grad_output.shape[2:])
     walk_tile = tiling.walk_tile(*layout)
     walk_grid = walk_tile.grid(image.shape[0], channels, image.shape[2:])
 
-    scatter_slots = scatter_grid[0] // grad_output.shape[0] * scatter_grid[1] if folded_only or not need_input else 0
-    walk_slots = walk_grid[0] // image.shape[0] * walk_grid[1] if need_input else 0
     compute = launch.compute_dtype(image.dtype)
+    scatter_slots = scatter_grid[0] // grad_output.shape[0] * scatter_grid[1] if scatters else 0
+    walk_slots = walk_grid[0] // image.shape[0] * walk_grid[1] if walks else 0
     partials = None
-    if need_parameters:
-        shape = (grad_output.shape[0], scatter_slots + walk_slots, launch.count(parameters))
+    if need_parameters and not dense:
+        shape = (*parameters.shape[:2], scatter_slots + walk_slots, launch.count(parameters))
         partials = torch.empty(shape, dtype=compute, device=image.device)
 
     # Atomics in 16 bits would lose sums and loop on the hardware: those images get an fp32 twin.
     scattered = None
-    if folded_only:
+    if need_input and scatters:
         scattered = grad_input.zero_() if image.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
 
-    sizes = (launch.size(grad_output), launch.size(image), channels, parameters.shape[1], scatter_slots + walk_slots)
+    sizes = launch.size(grad_output), launch.size(image), channels, parameters.shape[1]
+    strides = *launch.strides(image), *launch.strides(grad_output), *launch.strides(source)
+    parameter_strides = launch.parameter_strides(parameters)
     constants = {
-        "PARAMETERS": launch.count(parameters),
         "ALIGN_CORNERS": align_corners,
         "NEED_PARAMETERS": need_parameters,
-        **launch.constants(image, source, grad_output),
+        **launch.constants(image, source, grad_output, parameters=parameters),
     }
-    if scatter_slots:
+    if scatters:
+        if dense and need_parameters:
+            n, k, pixels = launch.parameter_strides(grad_parameters)
+            gradients, gradient_strides = grad_parameters, (n, k, 0, pixels)
+        else:
+            gradients, gradient_strides = partials, (*_slot_strides(partials), None)
         scatter_kernel[scatter_grid](
-            scattered, partials, grad_output, source, parameters,
-            *sizes,
-            *launch.strides(image), *launch.strides(grad_output), *launch.strides(source),
+            scattered, gradients, grad_output, source, parameters,
+            *sizes, *gradient_strides, *parameter_strides, *strides,
             **stages.scatter(kind, mode, padding_mode), **constants,
-            FOLDED_ONLY=folded_only, NEED_INPUT=need_input, **scatter_tile.constants(),
+            FOLDED_ONLY=walks, NEED_INPUT=need_input, **scatter_tile.constants(),
         )  # fmt: skip
-    if walk_slots:
+    if walks:
+        shares = None if partials is None else partials[:, :, scatter_slots:]
         walk_kernel[walk_grid](
-            grad_input, partials, grad_output, source, scattered, parameters,
-            *sizes, scatter_slots,
-            *launch.strides(image), *launch.strides(grad_output), *launch.strides(source),
+            grad_input, shares, grad_output, source, scattered, parameters,
+            *sizes, *_slot_strides(partials), *parameter_strides[:2], *strides,
             **stages.walk(kind, mode, padding_mode), **constants, **walk_tile.constants(),
         )  # fmt: skip
-    if need_parameters:
-        grad_parameters.copy_(partials.sum(1).view_as(grad_parameters))
+    elif scattered is not None and scattered is not grad_input:
+        grad_input.copy_(scattered)
+    if partials is not None:
+        grad_parameters.copy_(partials.sum(2).view_as(grad_parameters))
+
+
+def _slot_strides(partials):
+    """Strides of n, k and the slot."""
+    return (0, 0, 0) if partials is None else partials.stride()[:3]

@@ -21,9 +21,10 @@ from .interpolation import axis_taps, corner, product
 def gather_kernel(
     output_ptr, input_ptr, parameters_ptr,
     output_size, input_size, channels, maps,
+    parameters_stride_n, parameters_stride_k, parameters_strides,
     output_stride_n, output_stride_c, output_strides,
     input_stride_n, input_stride_c, input_strides,
-    LOAD: tl.constexpr, TRANSFORM: tl.constexpr, PARAMETERS: tl.constexpr,
+    LOAD: tl.constexpr, TRANSFORM: tl.constexpr,
     PADDING: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
@@ -32,12 +33,14 @@ def gather_kernel(
     m = (tl.program_id(0) // tiles).to(tl.int64)
     p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
-    coefficients = LOAD(parameters_ptr + m * PARAMETERS, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+    parameters_ptr += (m // maps) * parameters_stride_n + (m % maps) * parameters_stride_k
+    coefficients = LOAD(
+        parameters_ptr, parameters_strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX
+    )
     x = TRANSFORM(coefficients, centred(p, output_size, COMPUTE))
     taps = ()
     for axis in tl.static_range(len(BLOCK)):
-        padded = PADDING(x[axis], input_size[axis], ALIGN_CORNERS)
-        taps = taps + (axis_taps(padded, input_size[axis], WEIGHT, WEIGHT_VJP, TAPS, INDEX),)
+        taps = taps + (axis_taps(x[axis], input_size[axis], PADDING, ALIGN_CORNERS, WEIGHT, WEIGHT_VJP, TAPS, INDEX),)
 
     input_ptr += (m // maps) * input_stride_n
     output_ptr += m * output_stride_n
@@ -48,7 +51,7 @@ def gather_kernel(
             in_channels = (c < channels)[None, :]
             output = 0.0  # [LANES, BLOCK_C]
             for corner_id in tl.static_range(TAPS ** len(BLOCK)):
-                weights, _, pixel, inside = corner(taps, corner_id, TAPS)
+                weights, _, pixel, inside, _ = corner(taps, corner_id, TAPS)
                 value = tl.load(
                     input_ptr + block_offset(offset(pixel, input_strides, INDEX), c, input_stride_c),
                     mask=(inside & mask)[:, None] & in_channels,
@@ -68,7 +71,8 @@ def gather(output, input, parameters, *, kind, mode, padding_mode, align_corners
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
         output, input, parameters,
         launch.size(output), launch.size(input), output.shape[1], parameters.shape[1],
+        *launch.parameter_strides(parameters),
         *launch.strides(output), *launch.strides(input),
-        **stages.gather(kind, mode, padding_mode), PARAMETERS=launch.count(parameters),
-        ALIGN_CORNERS=align_corners, **launch.constants(input, output), **tile.constants(),
+        **stages.gather(kind, mode, padding_mode),
+        ALIGN_CORNERS=align_corners, **launch.constants(input, output, parameters=parameters), **tile.constants(),
     )  # fmt: skip

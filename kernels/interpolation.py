@@ -33,6 +33,23 @@ def linear_vjp(x, q):
 
 
 @triton.jit
+def cubic(x, q):
+    """Cubic convolution (Keys 1981) with a = -0.75, as torch's bicubic."""
+    d = tl.abs(x - q)
+    near = (1.25 * d - 2.25) * d * d + 1.0
+    far = ((-0.75 * d + 3.75) * d - 6.0) * d + 3.0
+    return tl.where(d <= 1, near, far)
+
+
+@triton.jit
+def cubic_vjp(x, q):
+    d = tl.abs(x - q)
+    near = (3.75 * d - 4.5) * d
+    far = (-2.25 * d + 7.5) * d - 6.0
+    return tl.where(x < q, -1.0, 1.0) * tl.where(d <= 1, near, far)
+
+
+@triton.jit
 def first_tap(x, TAPS: tl.constexpr):
     """The first pixel, as a float, of the TAPS that a sample at x touches."""
     if TAPS == 1:
@@ -50,38 +67,55 @@ def touches(x, q, TAPS: tl.constexpr):
 
 
 @triton.jit
-def axis_taps(x, size, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr):
-    """One axis' taps: for each its weight, slope, pixel index and whether that is in the image."""
+def axis_taps(
+    x, size, PADDING: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """One axis' taps: for each its weight, slope, pixel index, whether that is in the image, and
+    whether it was before padding.
+
+    Padding moves the sample, but for cubic the taps: that is what torch does.
+    """
+    if TAPS <= 2:
+        x = PADDING(x, size, ALIGN_CORNERS)
+    else:
+        x = _clamp_to_integers(x)
     first = first_tap(x, TAPS)
     last = (size - 1).to(x.dtype)
     weights = ()
     slopes = ()
     pixels = ()
     insides = ()
+    directs = ()
     for tap in tl.static_range(TAPS):
         q = first + tap
-        # Compared as floats: converting an out-of-range float to an integer is undefined.
-        inside = (q >= 0) & (q <= last)
         weights = weights + (WEIGHT(x, q),)
         slopes = slopes + (WEIGHT_VJP(x, q),)
+        directs = directs + ((q >= 0) & (q <= last),)
+        if TAPS > 2:
+            q = PADDING(q, size, ALIGN_CORNERS)
+        # Compared as floats: converting an out-of-range float to an integer is undefined.
+        inside = (q >= 0) & (q <= last)
         pixels = pixels + (tl.where(inside, q, 0.0).to(INDEX),)
         insides = insides + (inside,)
-    return weights, slopes, pixels, insides
+    return weights, slopes, pixels, insides, directs
 
 
 @triton.jit
 def corner(taps, corner_id: tl.constexpr, TAPS: tl.constexpr):
-    """One of the TAPS ** dims pixels: its weight and slope along each axis, its index, if inside."""
+    """One of the TAPS ** dims pixels: weight and slope along each axis, index, if inside, if unfolded."""
     weights = ()
     slopes = ()
     pixel = ()
     inside = taps[0][3][corner_id % TAPS]
+    direct = taps[0][4][corner_id % TAPS]
     for axis in tl.static_range(len(taps)):
         weights = weights + (taps[axis][0][corner_id // TAPS**axis % TAPS],)
         slopes = slopes + (taps[axis][1][corner_id // TAPS**axis % TAPS],)
         pixel = pixel + (taps[axis][2][corner_id // TAPS**axis % TAPS],)
         inside = inside & taps[axis][3][corner_id // TAPS**axis % TAPS]
-    return weights, slopes, pixel, inside
+        direct = direct & taps[axis][4][corner_id // TAPS**axis % TAPS]
+    return weights, slopes, pixel, inside, direct
 
 
 @triton.jit
@@ -104,6 +138,12 @@ def product_vjp(weights, slopes, g):
                 slope = slope * weights[other]
         result = result + (slope,)
     return result
+
+
+@triton.jit
+def _clamp_to_integers(x):
+    """x where neighbouring integers are exact in fp32; beyond, and NaN, the end of that range."""
+    return tl.where(x > -16777208.0, tl.where(x < 16777208.0, x, 16777208.0), -16777208.0)
 
 
 @triton.jit

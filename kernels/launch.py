@@ -19,6 +19,12 @@ def strides(image):
     return stride[0], stride[1], tuple(reversed(stride[2:]))
 
 
+def parameter_strides(parameters):
+    """(M, K, *size, d) of a dense map → stride of n, of k, and of the pixels, x first, then components."""
+    stride = parameters.stride()
+    return stride[0], stride[1], (*reversed(stride[2:-1]), stride[-1])
+
+
 def count(parameters):
     """Numbers per map in parameters (M, K, …)."""
     return math.prod(parameters.shape[2:])
@@ -34,10 +40,15 @@ def compute_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def constants(*images):
-    """Compile-time arguments that follow from the images; the first decides the dtype."""
-    far = max(sum((n - 1) * s for n, s in zip(i.shape[1:], i.stride()[1:], strict=True)) for i in images)
+def constants(*images, parameters):
+    """Compile-time arguments that follow from the tensors; the first image decides the dtype."""
+    far = max(*(_reach(i, 1) for i in images), _reach(parameters, 2))
     return {
         "COMPUTE": tl.float64 if images[0].dtype == torch.float64 else tl.float32,
         "INDEX": tl.int64 if far > _INT32_MAX else tl.int32,
     }
+
+
+def _reach(tensor, first):
+    """The largest element offset along the dimensions from `first` on."""
+    return sum((n - 1) * s for n, s in zip(tensor.shape[first:], tensor.stride()[first:], strict=True))

@@ -15,18 +15,19 @@ import triton.language as tl
 from . import tuples
 from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
 from .interpolation import axis_taps, corner, product, product_vjp
-from .transforms import store_gradients
 
 
-@triton.jit(do_not_specialize=["output_size", "input_size", "maps", "slots"])
+@triton.jit(do_not_specialize=["output_size", "input_size", "maps"])
 def scatter_kernel(
-    grad_input_ptr, partials_ptr, grad_output_ptr, input_ptr, parameters_ptr,
-    output_size, input_size, channels, maps, slots,
+    grad_input_ptr, gradients_ptr, grad_output_ptr, input_ptr, parameters_ptr,
+    output_size, input_size, channels, maps,
+    gradients_stride_n, gradients_stride_k, gradients_stride_slot, gradients_strides,
+    parameters_stride_n, parameters_stride_k, parameters_strides,
     grad_input_stride_n, grad_input_stride_c, grad_input_strides,
     grad_output_stride_n, grad_output_stride_c, grad_output_strides,
     input_stride_n, input_stride_c, input_strides,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
-    PARAMETERS: tl.constexpr, PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
+    PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     FOLDED_ONLY: tl.constexpr, NEED_INPUT: tl.constexpr, NEED_PARAMETERS: tl.constexpr,
@@ -39,18 +40,21 @@ def scatter_kernel(
     n = m // maps
     p, mask = tile_index(tile, tl.arange(0, LANES), output_size, BLOCK)
     u = centred(p, output_size, COMPUTE)
-    coefficients = LOAD(parameters_ptr + m * PARAMETERS, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+    parameters_ptr += n * parameters_stride_n + (m % maps) * parameters_stride_k
+    coefficients = LOAD(
+        parameters_ptr, parameters_strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX
+    )
     x = TRANSFORM(coefficients, u)
 
-    if FOLDED_ONLY:
+    wanted = mask
+    if FOLDED_ONLY and TAPS <= 2:
         inside = mask
         for axis in tl.static_range(len(BLOCK)):
             inside &= (x[axis] > 0) & (x[axis] < (input_size[axis] - 1).to(COMPUTE))
-        mask &= ~inside
+        wanted &= ~inside
     taps = ()
     for axis in tl.static_range(len(BLOCK)):
-        padded = PADDING(x[axis], input_size[axis], ALIGN_CORNERS)
-        taps = taps + (axis_taps(padded, input_size[axis], WEIGHT, WEIGHT_VJP, TAPS, INDEX),)
+        taps = taps + (axis_taps(x[axis], input_size[axis], PADDING, ALIGN_CORNERS, WEIGHT, WEIGHT_VJP, TAPS, INDEX),)
 
     input_ptr += n * input_stride_n
     grad_output_ptr += m * grad_output_stride_n
@@ -58,18 +62,20 @@ def scatter_kernel(
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
     stop = tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
     # Most tiles hold no folded sample at all.
-    for first in range(start, tl.where(tl.max(mask.to(tl.int32)) > 0, stop, start), UNROLL * BLOCK_C):
+    for first in range(start, tl.where(tl.max(wanted.to(tl.int32)) > 0, stop, start), UNROLL * BLOCK_C):
         for block in tl.static_range(UNROLL):
             c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
             in_channels = (c < channels)[None, :]
             grad_output = tl.load(
                 grad_output_ptr + block_offset(offset(p, grad_output_strides, INDEX), c, grad_output_stride_c),
-                mask=mask[:, None] & in_channels,
+                mask=wanted[:, None] & in_channels,
                 other=0.0,
             ).to(COMPUTE)  # [LANES, BLOCK_C]
             for corner_id in tl.static_range(TAPS ** len(BLOCK)):
-                weights, slopes, pixel, inside = corner(taps, corner_id, TAPS)
-                corner_mask = (inside & mask)[:, None] & in_channels
+                weights, slopes, pixel, inside, direct = corner(taps, corner_id, TAPS)
+                if FOLDED_ONLY and TAPS > 2:  # a cubic sample folds tap by tap
+                    inside &= ~direct
+                corner_mask = (inside & wanted)[:, None] & in_channels
                 if NEED_INPUT:
                     own = block_offset(offset(pixel, grad_input_strides, INDEX), c, grad_input_stride_c)
                     tl.atomic_add(
@@ -88,11 +94,16 @@ def scatter_kernel(
                     grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
 
     if NEED_PARAMETERS:
-        slot = m * slots + tile * tl.num_programs(1) + tl.program_id(1)
+        slot = tile * tl.num_programs(1) + tl.program_id(1)
         grad_unpadded = ()
         for axis in tl.static_range(len(BLOCK)):
-            factor = PADDING_VJP(x[axis], input_size[axis], ALIGN_CORNERS)
-            grad_unpadded = grad_unpadded + (grad_x[axis] * factor,)
+            if TAPS <= 2:
+                factor = PADDING_VJP(x[axis], input_size[axis], ALIGN_CORNERS)
+                grad_unpadded = grad_unpadded + (grad_x[axis] * factor,)
+            else:
+                grad_unpadded = grad_unpadded + (grad_x[axis],)
         gradients = TRANSFORM_VJP(coefficients, u, grad_unpadded)
-        partials = partials_ptr + slot * PARAMETERS
-        store_gradients(partials, gradients, LOAD_VJP, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+        gradients_ptr += n * gradients_stride_n + (m % maps) * gradients_stride_k + slot * gradients_stride_slot
+        LOAD_VJP(
+            gradients_ptr, gradients, gradients_strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX
+        )

@@ -18,8 +18,13 @@ class Transform:
     load_vjp: Any
     map: Any
     map_vjp: Any
-    rows: Any
-    columns: Any
+    rows: Any = None
+    columns: Any = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether there are parameters for each output pixel, and no bounds for a walk."""
+        return self.rows is None
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,16 @@ TRANSFORMS = {
         transforms.affine_rows,
         transforms.affine_columns,
     ),
+    "grid": Transform(transforms.grid_load, transforms.grid_load_vjp, transforms.dense, transforms.dense_vjp),
+    "displacement": Transform(
+        transforms.displacement_load, transforms.grid_load_vjp, transforms.dense, transforms.dense_vjp
+    ),
 }
 
 INTERPOLATIONS = {
     "nearest": Interpolation(interpolation.nearest, interpolation.nearest_vjp, taps=1),
     "bilinear": Interpolation(interpolation.linear, interpolation.linear_vjp, taps=2),
+    "bicubic": Interpolation(interpolation.cubic, interpolation.cubic_vjp, taps=4),
 }
 
 PADDINGS = {

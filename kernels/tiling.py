@@ -59,9 +59,15 @@ def gather_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtyp
     return _tile(dims, channels, channels_last, dtype, most=4, per_program=64)
 
 
-def scatter_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype) -> Tile:
-    """The tile of a program that owns output pixels and their gradients; it holds more than a gather."""
-    return _tile(dims, channels, channels_last, dtype, most=32 if channels_last else 4, per_program=64, cap=168)
+def scatter_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype, whole: bool = False) -> Tile:
+    """The tile of a program that owns output pixels and their gradients; it holds more than a gather.
+
+    `whole` gives each program all channels, where it is the one writer of its pixels' gradients.
+    """
+    per_program = next_power_of_2(channels) if whole else 64
+    return _tile(
+        dims, channels, channels_last, dtype, most=32 if channels_last else 4, per_program=per_program, cap=168
+    )
 
 
 def walk_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype) -> Tile:

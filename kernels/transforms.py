@@ -2,26 +2,29 @@
 
 A transform is five device functions:
 
-    load(parameters_ptr, …)     parameters → coefficients, once per program, with the change from
-                                normalised units to pixels folded in
-    load_vjp(gradients, …)      gradients of the coefficients → gradients of the parameters
+    load(parameters_ptr, …)     parameters → coefficients, with the change from normalised units to
+                                pixels folded in: once per program, or for each pixel of a dense map
+    load_vjp(gradients_ptr, …)  gradients of the coefficients → gradients of the parameters, stored
     map(coefficients, u)        centred output index u → source pixel coordinate
     map_vjp(coefficients, u, g) gradient g of that coordinate → gradients of the coefficients
     rows / columns(…)           the output pixels that can touch a given input pixel
 
 Axes are x first. ``rows`` bounds the preimage along every axis but x; ``columns`` bounds it along x
 for a given row. The bounds may be too wide, never too narrow: each candidate is then tested by the
-forward's own expression.
+forward's own expression. A dense map has no such bounds: its adjoint scatters.
 """
 
 import triton
 import triton.language as tl
 
-from .coordinates import middle, pixels_per_unit
+from .coordinates import centred, middle, offset, pixels_per_unit
 
 
 @triton.jit
-def affine_load(parameters_ptr, input_size, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+def affine_load(
+    parameters_ptr, strides, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
     """theta, (d, d+1) → the same matrix from centred output indices to source pixels."""
     dims: tl.constexpr = len(input_size)
     coefficients = ()
@@ -37,14 +40,17 @@ def affine_load(parameters_ptr, input_size, output_size, ALIGN_CORNERS: tl.const
 
 
 @triton.jit
-def affine_load_vjp(gradients, input_size, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+def affine_load_vjp(
+    gradients_ptr, gradients, strides, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """One program's share: the sum over its lanes."""
     dims: tl.constexpr = len(input_size)
-    result = ()
     for a in tl.static_range(dims):
         for b in tl.static_range(dims + 1):
             scale = _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-            result = result + (gradients[a * (dims + 1) + b] * scale,)
-    return result
+            entry: tl.constexpr = a * (dims + 1) + b
+            tl.store(gradients_ptr + entry, tl.sum(gradients[entry]) * scale)
 
 
 @triton.jit
@@ -88,25 +94,51 @@ def affine_vjp(coefficients, u, g):
 def affine_rows(coefficients, q, input_size, output_size, RADIUS: tl.constexpr):
     """First and last row, along y and on, whose pixels can come within RADIUS of source pixel q."""
     dims: tl.constexpr = len(input_size)
-    tl.static_assert(dims <= 2, "the walk's row bounds are written for one and two dimensions")
-    if dims == 1:
-        return (), ()
-    a, b, c, d, e, f = coefficients
-    # Solve A u = q - t for u_y. Everything is conditioned by the determinant; where it vanishes
-    # the bounds become infinite or NaN, and clamping makes them the whole axis.
-    determinant = a * e - b * d
-    centre = (a * (q[1] - f) - d * (q[0] - c)) / determinant
-    reach_x = RADIUS + _affine_margin(coefficients, 0, input_size, output_size)
-    reach_y = RADIUS + _affine_margin(coefficients, 1, input_size, output_size)
-    reach = (tl.abs(a) * reach_y + tl.abs(d) * reach_x) / tl.abs(determinant)
-    # Rounding of the determinant and of the numerator, amplified by the division.
-    cancellation = (tl.abs(a * e) + tl.abs(b * d)) / tl.abs(determinant)
-    reach += cancellation * output_size[1] * _EPSILON
-    centre += middle(output_size[1], centre.dtype)
-    first, last = _clamp_interval(centre - reach, centre + reach, output_size[1])
     # A map that is not finite lands nowhere; its bounds would be the whole output for every q.
-    finite = (a * 0 + b * 0 + c * 0 + d * 0 + e * 0 + f * 0) == 0
-    return (first,), (tl.where(finite, last, -1),)
+    nothing = coefficients[0] * 0
+    for i in tl.static_range(1, dims * (dims + 1)):
+        nothing += coefficients[i] * 0
+    firsts = ()
+    lasts = ()
+    for b in tl.static_range(1, dims):
+        # Solve A u = q - t for u_b by Cramer's rule. Everything is conditioned by the determinant;
+        # where it vanishes, the bounds become infinite or NaN, and clamping makes them the whole axis.
+        determinant, determinant_size = 0.0, 0.0
+        centre, reach = 0.0, 0.0
+        for a in tl.static_range(dims):
+            cofactor, cofactor_size = _cofactor(coefficients, a, b, dims)
+            entry = coefficients[a * (dims + 1) + b]
+            translation = coefficients[a * (dims + 1) + dims]
+            determinant += entry * cofactor
+            determinant_size += tl.abs(entry) * cofactor_size
+            centre += cofactor * (q[a] - translation)
+            reach += tl.abs(cofactor) * (RADIUS + _affine_margin(coefficients, a, input_size, output_size))
+            # Rounding of the cofactor, of the product and of the sum, amplified by the division.
+            reach += cofactor_size * (tl.abs(translation) + input_size[a]) * _EPSILON
+        reach += determinant_size * output_size[b] * _EPSILON
+        centre = centre / determinant + middle(output_size[b], determinant.dtype)
+        reach = reach / tl.abs(determinant)
+        first, last = _clamp_interval(centre - reach, centre + reach, output_size[b])
+        firsts = firsts + (first,)
+        lasts = lasts + (tl.where(nothing == 0, last, -1),)
+    return firsts, lasts
+
+
+@triton.jit
+def _cofactor(coefficients, a: tl.constexpr, b: tl.constexpr, dims: tl.constexpr):
+    """The cofactor of entry (a, b) of the linear part, and the sum of its terms' magnitudes."""
+    if dims == 2:
+        opposite = coefficients[(1 - a) * 3 + (1 - b)]
+        return (opposite if a == b else -opposite), tl.abs(opposite)
+    else:
+        # Cyclic neighbours carry the sign along.
+        c: tl.constexpr = (a + 1) % 3
+        e: tl.constexpr = (a + 2) % 3
+        f: tl.constexpr = (b + 1) % 3
+        g: tl.constexpr = (b + 2) % 3
+        plus = coefficients[c * 4 + f] * coefficients[e * 4 + g]
+        minus = coefficients[c * 4 + g] * coefficients[e * 4 + f]
+        return plus - minus, tl.abs(plus) + tl.abs(minus)
 
 
 @triton.jit
@@ -159,13 +191,66 @@ def _clamp_interval(first, last, size):
 
 
 @triton.jit
-def store_gradients(
-    ptr, gradients, LOAD_VJP: tl.constexpr, input_size, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """Reduce the lanes' coefficient gradients and store them as one program's parameter gradients."""
-    totals = ()
-    for i in tl.static_range(len(gradients)):
-        totals = totals + (tl.sum(gradients[i]),)
-    parameters = LOAD_VJP(totals, input_size, output_size, ALIGN_CORNERS, COMPUTE)
-    for i in tl.static_range(len(parameters)):
-        tl.store(ptr + i, parameters[i])
+def grid_load(
+    parameters_ptr, strides, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """An explicit grid, (*size, d), normalised → each lane's source pixel."""
+    x = ()
+    for axis in tl.static_range(len(p)):
+        value = _load_component(parameters_ptr, strides, p, mask, axis, COMPUTE, INDEX)
+        per_unit = pixels_per_unit(input_size[axis], ALIGN_CORNERS, COMPUTE)
+        x = x + (tl.fma(value, per_unit, middle(input_size[axis], COMPUTE)),)
+    return x
+
+
+@triton.jit
+def grid_load_vjp(
+    gradients_ptr, gradients, strides, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    for axis in tl.static_range(len(p)):
+        gradient = gradients[axis] * pixels_per_unit(input_size[axis], ALIGN_CORNERS, COMPUTE)
+        at = gradients_ptr + _component_offset(strides, p, axis, INDEX)
+        tl.store(at, gradient.to(gradients_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def displacement_load(
+    parameters_ptr, strides, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """The identity and a field, (*size, d), normalised → each lane's source pixel.
+
+    The identity is added here, in fp32: a 16-bit field loses nothing of it.
+    """
+    field = grid_load(parameters_ptr, strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX)
+    u = centred(p, output_size, COMPUTE)
+    x = ()
+    for axis in tl.static_range(len(p)):
+        scale = _affine_scale(input_size, output_size, axis, axis, ALIGN_CORNERS, COMPUTE)
+        x = x + (tl.fma(u[axis], scale, field[axis]),)
+    return x
+
+
+@triton.jit
+def dense(coefficients, u):
+    """The coefficients of a dense map are each lane's source pixel already."""
+    return coefficients
+
+
+@triton.jit
+def dense_vjp(coefficients, u, g):
+    return g
+
+
+@triton.jit
+def _load_component(parameters_ptr, strides, p, mask, axis: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr):
+    at = parameters_ptr + _component_offset(strides, p, axis, INDEX)
+    return tl.load(at, mask=mask, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def _component_offset(strides, p, axis: tl.constexpr, INDEX: tl.constexpr):
+    """Where one component of a field lies; the strides are the pixels', x first, then the component's."""
+    return offset(p, strides, INDEX) + axis * strides[len(p)]

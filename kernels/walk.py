@@ -25,18 +25,19 @@ import triton.language as tl
 from . import tuples
 from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
 from .interpolation import product, product_vjp, touches
-from .transforms import store_gradients
 
 
-@triton.jit(do_not_specialize=["output_size", "input_size", "maps", "slots", "first_slot"])
+@triton.jit(do_not_specialize=["output_size", "input_size", "maps"])
 def walk_kernel(
-    grad_input_ptr, partials_ptr, grad_output_ptr, input_ptr, scattered_ptr, parameters_ptr,
-    output_size, input_size, channels, maps, slots, first_slot,
+    grad_input_ptr, gradients_ptr, grad_output_ptr, input_ptr, scattered_ptr, parameters_ptr,
+    output_size, input_size, channels, maps,
+    gradients_stride_n, gradients_stride_k, gradients_stride_slot,
+    parameters_stride_n, parameters_stride_k,
     grad_input_stride_n, grad_input_stride_c, grad_input_strides,
     grad_output_stride_n, grad_output_stride_c, grad_output_strides,
     input_stride_n, input_stride_c, input_strides,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARAMETERS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr, FOLDS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     NEED_PARAMETERS: tl.constexpr,
@@ -63,7 +64,8 @@ def walk_kernel(
 
     for k in range(maps):
         m = n * maps + k
-        coefficients = LOAD(parameters_ptr + m * PARAMETERS, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+        parameters = parameters_ptr + n * parameters_stride_n + k * parameters_stride_k
+        coefficients = LOAD(parameters, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX)
         gradients = tuples.zeros(len(coefficients), (LANES,), COMPUTE)
 
         first_row, last_row = ROWS(coefficients, tuples.to(q, COMPUTE), input_size, output_size, RADIUS)
@@ -94,7 +96,7 @@ def walk_kernel(
                     hit = in_row & (column <= last)
                     for axis in tl.static_range(len(BLOCK)):
                         hit &= touches(x[axis], position[axis], TAPS)
-                        if FOLDS:
+                        if FOLDS and TAPS <= 2:
                             hit &= (x[axis] > 0) & (x[axis] < (input_size[axis] - 1).to(COMPUTE))
                     grad_output = _load_channels(
                         grad_output_ptr + m * grad_output_stride_n,
@@ -111,9 +113,9 @@ def walk_kernel(
             grad_input = tuples.add(grad_input, collected)
 
         if NEED_PARAMETERS:
-            slot = m * slots + first_slot + tile * tl.num_programs(1) + tl.program_id(1)
-            partials = partials_ptr + slot * PARAMETERS
-            store_gradients(partials, gradients, LOAD_VJP, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+            slot = tile * tl.num_programs(1) + tl.program_id(1)
+            at = gradients_ptr + n * gradients_stride_n + k * gradients_stride_k + slot * gradients_stride_slot
+            LOAD_VJP(at, gradients, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX)
 
     pixel_offset = offset(q, grad_input_strides, INDEX)
     for block in tl.static_range(UNROLL):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .transforms import Transform
+from .transforms import Grid, Transform
 
-MODES = ("bilinear", "nearest")
+MODES = ("bilinear", "nearest", "bicubic")
 PADDING_MODES = ("zeros", "border", "reflection")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def warp(
@@ -34,19 +35,20 @@ def warp(
     without storing a grid, in the forward or in the backward pass.
 
     Args:
-        input: (N, C, H, W), any strides; fp16, bf16, fp32 or fp64. channels_last is kept in the
-            output and in the gradient.
+        input: (N, C, W), (N, C, H, W) or (N, C, D, H, W), any strides; fp16, bf16, fp32, fp64 or
+            complex. channels_last is kept in the output and in the gradient.
         transform: one map per image, or K maps per image. Its dtype may differ from the input's. One
             image is read through any number of maps, and one map serves any number of images,
             without copies.
-        size: (H_out, W_out) in pixels; the input's own by default.
-        mode: "bilinear" or "nearest" (which rounds half to even, as torch does).
+        size: the output's ([D,] [H,] W) in pixels. By default that of a dense transform, else the input's.
+        mode: "bilinear" (linear along each axis), "nearest" (which rounds half to even, as torch
+            does) or "bicubic" (a = -0.75, along each axis).
         padding_mode: what lies outside the image: "zeros", "border" or "reflection".
         align_corners: whether -1 and 1 are the centres of the outermost pixels (True) or their
             outer edges (False), as in `torch.nn.functional.grid_sample`.
 
     Returns:
-        (N, C, H_out, W_out), or (N, K, C, H_out, W_out) for K maps per image, in the input's dtype.
+        (N, C, *size), or (N, K, C, *size) for K maps per image, in the input's dtype.
         Coordinates and sums are fp32 (fp64 for fp64 input), under autocast too.
 
     Raises:
@@ -70,14 +72,60 @@ def warp(
         )
     if 0 in input.shape[2:]:
         raise ValueError(f"input must have at least one pixel; got spatial size {tuple(input.shape[2:])}.")
-    size = _check_size(input.shape[2:] if size is None else size, dims)
+    if size is None:
+        size = input.shape[2:] if transform.size is None else transform.size
+    size = _check_size(size, dims)
+    if transform.size is not None and tuple(transform.size) != size:
+        raise ValueError(
+            f"This {type(transform).__name__} has one map per pixel of an output of size {tuple(transform.size)}; got "
+            f"size {size}. Leave size out."
+        )
+    if input.is_complex():
+        options = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
+        return torch.complex(*(warp(part, transform, size, **options) for part in (input.real, input.imag)))
 
     parameters = transform.parameters
     if parameters.device != input.device:
         raise ValueError(f"input and transform must be on the same device; got {input.device} and {parameters.device}.")
-    parameters, batch = _match_batch(input, transform.parameters, transform.batch)
+    parameters, batch = _match_batch(input, parameters, transform.batch)
+    if transform.size is None:
+        parameters = parameters.contiguous()  # a few numbers per map
     output = ops.warp(input, parameters, transform.kind, size, mode, padding_mode, align_corners)
     return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
+
+
+def grid_sample(
+    input: Tensor,
+    grid: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool | None = None,
+) -> Tensor:
+    """`torch.nn.functional.grid_sample`, with the same signature, warning and numbers.
+
+    Beyond it: 1-D images, (N, C, W) with grid (N, W_out, 1); bicubic in 1-D and 3-D; a grid of another
+    dtype than the image; complex images; one image with many grids, and K grids per image, (N, K,
+    *size, d) → (N, K, C, *size); channels_last kept; fp32 coordinates and sums for 16-bit images.
+
+    Args:
+        input: (N, C, [D,] [H,] W).
+        grid: (N, [D_out,] [H_out,] W_out, d), normalised, x first.
+        mode: "bilinear", "nearest" or "bicubic".
+        padding_mode: "zeros", "border" or "reflection".
+        align_corners: as in `warp`; None means False, with torch's warning.
+
+    Raises:
+        TypeError, ValueError: as `warp`.
+    """
+    if align_corners is None:
+        warnings.warn(
+            "Default grid_sample and affine_grid behavior has changed to align_corners=False since 1.3.0. "
+            "Please specify align_corners=True if the old behavior is desired. See the documentation of grid_sample "
+            "for details.",
+            stacklevel=2,
+        )
+        align_corners = False
+    return warp(input, Grid(grid), mode=mode, padding_mode=padding_mode, align_corners=align_corners)
 
 
 def _match_batch(input: Tensor, parameters: Tensor, batch: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
@@ -100,7 +148,7 @@ def _match_batch(input: Tensor, parameters: Tensor, batch: Sequence[int]) -> tup
                 f"input and transform must have the same batch size, or either of them 1; got {images} images "
                 f"and {maps} maps. For several maps per image, give the transform the shape (N, K, …)."
             )
-    return parameters.contiguous(), (maps, *batch[1:])
+    return parameters, (maps, *batch[1:])
 
 
 def _check_input(input: Tensor) -> None:

@@ -27,14 +27,30 @@ CHUNK_ELEMENTS = 2**19
 
 @dataclass(frozen=True)
 class Transform:
-    """`load` folds the change of units into the parameters; `map` sends centred output indices to
-    source pixels; `map_vjp` and `load_vjp` take gradients the same way back.
+    """`load` folds the change of units into the parameters; `map` sends a chunk of output pixels to
+    source pixels. `map_vjp` and `load_vjp` take gradients the same way back.
     """
 
     load: Callable[..., Tensor]
     load_vjp: Callable[..., Tensor]
-    map: Callable[..., list[Tensor]]
-    map_vjp: Callable[..., Tensor]
+    map: Callable[[Tensor, _Pixels], list[Tensor]]
+    map_vjp: Callable[[Tensor, _Pixels, list[Tensor]], None]
+    """Adds to, or fills its part of, the gradient of the coefficients."""
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """A chunk of output pixels: their range in memory order, and along each axis, x first, their
+    indices and the same measured from the middle, each (P,).
+    """
+
+    start: int
+    stop: int
+    index: list[Tensor]
+    u: list[Tensor]
+    size: tuple[int, ...]
+    input_size: tuple[int, ...]
+    align_corners: bool
 
 
 def affine_load(theta: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
@@ -47,23 +63,22 @@ def affine_load_vjp(grad: Tensor, input_size: Sequence[int], size: Sequence[int]
     return grad * _affine_scale(grad, input_size, size, align_corners)[0]
 
 
-def affine(coefficients: Tensor, u: Sequence[Tensor]) -> list[Tensor]:
-    """Centred output indices, d × (P,) → source pixel coordinates, d × (M, K, P)."""
-    dims = len(u)
+def affine(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
+    """Source pixel coordinates, d × (M, K, P)."""
+    dims = len(pixels.u)
     x = []
     for axis in range(dims):
         row = coefficients[..., axis, :, None]
         s = row[..., dims, :]
         for other in reversed(range(dims)):  # the kernels' order of rounding
-            s = torch.addcmul(s, row[..., other, :], u[other])
+            s = torch.addcmul(s, row[..., other, :], pixels.u[other])
         x.append(s)
     return x
 
 
-def affine_vjp(u: Sequence[Tensor], grad_x: Sequence[Tensor]) -> Tensor:
-    """Gradients of the source coordinates, d × (M, K, P) → of the coefficients, (M, K, d, d+1)."""
-    basis = torch.stack([*u, torch.ones_like(u[0])])  # (d+1, P)
-    return torch.stack(list(grad_x), -2) @ basis.T
+def affine_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
+    basis = torch.stack([*pixels.u, torch.ones_like(pixels.u[0])])  # (d+1, P)
+    grad += torch.stack(grad_x, -2) @ basis.T
 
 
 def _affine_scale(
@@ -81,7 +96,39 @@ def _pixels_per_unit(size: int, align_corners: bool) -> float:
     return (size - 1) / 2 if align_corners else size / 2
 
 
-TRANSFORMS = {"affine": Transform(affine_load, affine_load_vjp, affine, affine_vjp)}
+def dense_load(field: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
+    """A dense map stays as it is: it is turned into pixels a chunk at a time, without a copy."""
+    return field
+
+
+def dense_load_vjp(grad: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
+    return grad * grad.new_tensor([_pixels_per_unit(s, align_corners) for s in input_size])
+
+
+def grid(field: Tensor, pixels: _Pixels) -> list[Tensor]:
+    """An explicit grid, (M, K, *size, d), normalised → source pixel coordinates, d × (M, K, P)."""
+    values = field[(slice(None), slice(None), *reversed(pixels.index))].to(pixels.u[0].dtype)
+    x = []
+    for axis, n in enumerate(pixels.input_size):
+        x.append((n - 1) / 2 + values[..., axis] * _pixels_per_unit(n, pixels.align_corners))
+    return x
+
+
+def grid_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
+    grad.flatten(2, -2)[:, :, pixels.start : pixels.stop] = torch.stack(grad_x, -1)
+
+
+def displacement(field: Tensor, pixels: _Pixels) -> list[Tensor]:
+    """The identity and a field, (M, K, *size, d), normalised; the sum is made in fp32."""
+    scale, _ = _affine_scale(pixels.u[0], pixels.input_size, pixels.size, pixels.align_corners)
+    return [x + u * scale[a, a] for a, (x, u) in enumerate(zip(grid(field, pixels), pixels.u, strict=True))]
+
+
+TRANSFORMS = {
+    "affine": Transform(affine_load, affine_load_vjp, affine, affine_vjp),
+    "grid": Transform(dense_load, dense_load_vjp, grid, grid_vjp),
+    "displacement": Transform(dense_load, dense_load_vjp, displacement, grid_vjp),
+}
 
 
 # --- padding: what a coordinate outside the image stands for, and the slope there ------------------
@@ -135,9 +182,25 @@ def _linear_slope(x: Tensor, q: Tensor) -> Tensor:
     return torch.where(x < q, 1.0, -1.0).to(x.dtype)
 
 
+def _cubic(x: Tensor, q: Tensor) -> Tensor:
+    """Cubic convolution (Keys 1981) with a = -0.75, as torch's bicubic."""
+    d = (x - q).abs()
+    near = (1.25 * d - 2.25) * d * d + 1
+    far = ((-0.75 * d + 3.75) * d - 6) * d + 3
+    return torch.where(d <= 1, near, far)
+
+
+def _cubic_slope(x: Tensor, q: Tensor) -> Tensor:
+    d = (x - q).abs()
+    near = (3.75 * d - 4.5) * d
+    far = (-2.25 * d + 7.5) * d - 6
+    return torch.where(x < q, -1.0, 1.0).to(x.dtype) * torch.where(d <= 1, near, far)
+
+
 INTERPOLATIONS = {
     "nearest": Interpolation(torch.round, 1, lambda x, q: torch.ones_like(x), lambda x, q: torch.zeros_like(x)),
     "bilinear": Interpolation(torch.floor, 2, lambda x, q: 1 - (x - q).abs(), _linear_slope),
+    "bicubic": Interpolation(lambda x: x.floor() - 1, 4, _cubic, _cubic_slope),
 }
 
 
@@ -154,7 +217,7 @@ def gather(
             value = _read(input, corner).to(chunk.dtype)  # (M, C, K, P)
             total = total + corner.weight()[:, None] * torch.where(corner.inside[:, None], value, 0)
         total = total.transpose(1, 2).flatten(0, 1)
-        output.flatten(2)[:, :, chunk.start : chunk.stop] = total.to(output.dtype)
+        output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = total.to(output.dtype)
 
 
 def adjoint(
@@ -170,7 +233,7 @@ def adjoint(
         grad_image = grad_input.zero_() if grad_input.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
     grad_coefficients = torch.zeros_like(parameters, dtype=compute)
     for chunk in _chunks(grad_output.shape, image, parameters, kind, mode, padding_mode, align_corners):
-        grad = grad_output.flatten(2)[:, :, chunk.start : chunk.stop].to(compute)
+        grad = grad_output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop].to(compute)
         grad = grad.unflatten(0, parameters.shape[:2]).transpose(1, 2)  # (M, C, K, P)
         grad_x = [torch.zeros_like(x) for x in chunk.x]
         for corner in chunk.corners():
@@ -184,7 +247,7 @@ def adjoint(
                     grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
         if grad_parameters is not None:
             grad_x = [g * s for g, s in zip(grad_x, chunk.padding_slopes, strict=True)]
-            grad_coefficients += TRANSFORMS[kind].map_vjp(chunk.u, grad_x)
+            TRANSFORMS[kind].map_vjp(grad_coefficients, chunk.pixels, grad_x)
     if grad_input is not None and grad_image is not None and grad_image is not grad_input:
         grad_input.copy_(grad_image)
     if grad_parameters is not None:
@@ -224,14 +287,13 @@ class _Corner:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some output pixels of every map: where they look, before padding `x` and after."""
+    """Some output pixels of every map, and where they look."""
 
-    start: int
-    stop: int
-    u: list[Tensor]
+    pixels: _Pixels
     x: list[Tensor]
     padding_slopes: list[Tensor]
-    input_size: tuple[int, ...]
+    pad_tap: Callable[[Tensor, int], Tensor]
+    """What padding makes of a tap: nothing, where it has moved the sample already."""
     interpolation: Interpolation
 
     @property
@@ -239,14 +301,16 @@ class _Chunk:
         return self.x[0].dtype
 
     def corners(self) -> Iterator[_Corner]:
+        size = self.pixels.input_size
         first = [self.interpolation.first(x) for x in self.x]
         for taps in itertools.product(range(self.interpolation.taps), repeat=len(first)):
             q = [f + tap for f, tap in zip(first, taps, strict=True)]
-            insides = [(a >= 0) & (a <= size - 1) for a, size in zip(q, self.input_size, strict=True)]
+            padded = [self.pad_tap(a, n) for a, n in zip(q, size, strict=True)]
+            insides = [(a >= 0) & (a <= n - 1) for a, n in zip(padded, size, strict=True)]
             yield _Corner(
                 [self.interpolation.weight(x, a) for x, a in zip(self.x, q, strict=True)],
                 [self.interpolation.slope(x, a) for x, a in zip(self.x, q, strict=True)],
-                [torch.where(inside, a, 0).long() for inside, a in zip(insides, q, strict=True)],
+                [torch.where(inside, a, 0).long() for inside, a in zip(insides, padded, strict=True)],
                 math.prod(insides[1:], start=insides[0]),
             )
 
@@ -256,21 +320,29 @@ def _chunks(
     kind: str, mode: str, padding_mode: str, align_corners: bool,
 ) -> Iterator[_Chunk]:  # fmt: skip
     size, input_size = tuple(reversed(output_shape[2:])), tuple(reversed(image.shape[2:]))
-    transform = TRANSFORMS[kind]
+    transform, pad, interpolation = TRANSFORMS[kind], PADDINGS[padding_mode], INTERPOLATIONS[mode]
     dtype = compute_dtype(image.dtype)
-    coefficients = transform.load(parameters.to(dtype), input_size, size, align_corners)
-    pixels = math.prod(size)
+    dense = kind != "affine"  # stays in its own dtype: a chunk at a time is converted
+    coefficients = transform.load(parameters if dense else parameters.to(dtype), input_size, size, align_corners)
+    count = math.prod(size)
     step = max(1, CHUNK_ELEMENTS // (output_shape[0] * (output_shape[1] + len(size))))
-    for start in range(0, pixels, step):
-        stop = min(start + step, pixels)
-        index = torch.arange(start, stop, device=image.device)
-        u = []
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        rest = torch.arange(start, stop, device=image.device)
+        index = []
         for n in size:
-            u.append((index % n).to(dtype) - (n - 1) / 2)
-            index = index // n
-        x = transform.map(coefficients, u)
-        padded = [PADDINGS[padding_mode](a, n, align_corners) for a, n in zip(x, input_size, strict=True)]
-        yield _Chunk(start, stop, u, [a for a, _ in padded], [s for _, s in padded], input_size, INTERPOLATIONS[mode])
+            index.append(rest % n)
+            rest = rest // n
+        u = [along.to(dtype) - (n - 1) / 2 for along, n in zip(index, size, strict=True)]
+        pixels = _Pixels(start, stop, index, u, size, input_size, align_corners)
+        x = transform.map(coefficients, pixels)
+        if interpolation.taps <= 2:  # padding moves the sample, but for cubic the taps: as torch does
+            padded = [pad(a, n, align_corners) for a, n in zip(x, input_size, strict=True)]
+            yield _Chunk(pixels, [a for a, _ in padded], [s for _, s in padded], lambda q, n: q, interpolation)
+        else:
+            x = [a.nan_to_num(nan=-(2.0**24)).clamp(8 - 2.0**24, 2.0**24 - 8) for a in x]  # integers stay exact
+            slopes = [torch.ones_like(a) for a in x]
+            yield _Chunk(pixels, x, slopes, lambda q, n: pad(q, n, align_corners)[0], interpolation)
 
 
 def _read(image: Tensor, corner: _Corner) -> Tensor:
