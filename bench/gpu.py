@@ -52,12 +52,12 @@ def parts(out: Path, commit: str | None) -> list[Part]:
     python = [sys.executable, "-m"]
     tests = ["pytest", "tests", "-m", "gpu", "-q", "--color=no", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
-        tests += ["-n", "4"]  # most of their time is compilation, on the host
-    bench = ["bench", "--device", "cuda", "--out", str(out), "--time-limit", "250"]
+        tests += ["-n", "8"]  # most of their time is compilation, on the host
+    bench = ["bench", "--device", "cuda", "--out", str(out), "--time-limit", "210"]
     sanitizer = [SANITIZER, "--tool", "memcheck", "--error-exitcode", "1"]
     return [
-        Part("tests", [*python, *tests, f"--junitxml={out / 'tests.xml'}"], 150),
-        Part("bench", [*python, *bench, *(["--commit", commit] if commit else [])], 300),
+        Part("tests", [*python, *tests, f"--junitxml={out / 'tests.xml'}"], 210),
+        Part("bench", [*python, *bench, *(["--commit", commit] if commit else [])], 250),
         Part(
             "sanitizer",
             [*sanitizer, *python, "bench.smoke"],

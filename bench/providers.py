@@ -27,6 +27,8 @@ class Provider:
     available: Callable[[Workload, torch.device], str | None]
     """Why it cannot run a workload on a device; None if it can."""
     build: Callable[[Workload, Tensors], Forward]
+    rounds_grid: bool = False
+    """Rounds the sampling grid to the image's dtype, as torch's own sampler must."""
     slow_to_build: bool = False
     """Takes seconds before the first call returns: such providers go last, so that they cannot starve the others."""
 
@@ -99,8 +101,8 @@ def _compile_available(workload: Workload, device: torch.device) -> str | None:
 
 
 TRI_STN = Provider("tri_stn", _tri_stn_available, _build_tri_stn)
-EAGER = Provider("eager", _eager_available, _build_eager)
-COMPILE = Provider("compile", _compile_available, _build_compile, slow_to_build=True)
+EAGER = Provider("eager", _eager_available, _build_eager, rounds_grid=True)
+COMPILE = Provider("compile", _compile_available, _build_compile, rounds_grid=True, slow_to_build=True)
 PROVIDERS = {provider.name: provider for provider in (TRI_STN, EAGER, COMPILE)}
 
 

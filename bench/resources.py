@@ -1,6 +1,6 @@
 """What each kernel costs on each architecture, read from its machine code. No GPU is needed.
 
-The real launchers run on small CPU tensors; each launch is compiled for the architecture asked for
+The real launchers run on tensors without memory; each launch is compiled for the architecture asked for
 instead of started, with exactly the arguments that a user's call would specialise it on.
 """
 
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,21 +34,30 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher: a choice of stages, dtype, layout and gradients."""
+    """One call of a launcher: a choice of stages, dtype, layout, gradients and shapes."""
 
     kernel: str  # "gather", "walk", "scatter" or "reduce" (the scatter kernel without atomics)
     mode: str
     padding_mode: str
-    dtype: str
-    channels_last: bool
+    dtype: str = "float32"
+    channels_last: bool = False
     need_parameters: bool = True
     kind: str = "affine"
+    size: tuple[int, ...] = (48, 64)
+    channels: int = 32
+    align_corners: bool = False
+    far: bool = False
+    """Strides that need 64-bit offsets."""
 
     @property
     def stages(self) -> str:
-        layout = "channels_last" if self.channels_last else "contiguous"
-        gradients = "" if self.kernel in ("gather", "reduce") else "+theta" if self.need_parameters else "-theta"
-        return f"{self.kind} {self.mode} {self.padding_mode} {self.dtype} {layout} {gradients}".strip()
+        words = [self.kind, f"{len(self.size)}-D", self.mode, self.padding_mode, self.dtype]
+        words.append("channels_last" if self.channels_last else "contiguous")
+        if self.kernel in ("walk", "scatter"):
+            words.append("+theta" if self.need_parameters else "-theta")
+        words += [f"C={self.channels}"] * (self.channels != 32) + ["size_1"] * (1 in self.size)
+        words += ["corners"] * self.align_corners + ["int64"] * self.far
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -66,28 +76,43 @@ class Resources:
     cas_loops: int
 
 
-def cases(dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> list[Case]:
-    """Every kernel with every combination of its stages."""
-    combinations = itertools.product(("bilinear", "nearest"), ("zeros", "border", "reflection"), dtypes, (False, True))
+MODES, PADDING_MODES = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
+
+
+def cases(
+    kind: str, modes: tuple[str, ...] = MODES, padding_modes: tuple[str, ...] = PADDING_MODES, **fixed: Any
+) -> list[Case]:
+    """Every kernel that a transform's launchers can start, with every combination of its stages."""
     result = []
-    for options in combinations:
-        mode, padding_mode, _, _ = options
-        gradients = (True, False) if mode == "bilinear" else (False,)  # nearest has none in theta
-        result.append(Case("gather", *options))
-        # The walk sees only whether the padding folds.
-        if padding_mode != "reflection":
-            result += [Case("walk", *options, need) for need in gradients]
-        if padding_mode != "zeros":
-            result += [Case("scatter", *options, need) for need in gradients]
-        if mode == "bilinear":
-            result.append(Case("reduce", *options))
+    for mode, padding_mode in itertools.product(modes, padding_modes):
+        gradients = (False,) if mode == "nearest" else (True, False)  # nearest has none in the transform
+        walks = kind == "affine"
+        result.append(Case("gather", mode, padding_mode, kind=kind, **fixed))
+        if walks and padding_mode != "reflection":  # the walk sees only whether the padding folds
+            result += [Case("walk", mode, padding_mode, need_parameters=g, kind=kind, **fixed) for g in gradients]
+        if not walks or padding_mode != "zeros":
+            result += [Case("scatter", mode, padding_mode, need_parameters=g, kind=kind, **fixed) for g in gradients]
+        if mode != "nearest":
+            result.append(Case("reduce", mode, padding_mode, kind=kind, **fixed))
     return result
 
 
 def all_cases() -> list[tuple[Case, str]]:
-    """All that is compiled: fp32 and bf16 everywhere, fp64 on one architecture (fp16 compiles as bf16 does)."""
-    everywhere = [(case, arch) for case in cases(("float32", "bfloat16")) for arch in ARCHITECTURES]
-    return everywhere + [(case, "sm_90") for case in cases(("float64",))]
+    """What the tests compile: every combination of stages for every architecture, and on one
+    architecture the dtypes, layouts, dimensions and shapes that specialise it further.
+    """
+    wide: dict[str, Any] = {"dtype": "bfloat16", "channels_last": True}
+    linear, folding = ("bilinear",), ("border",)
+    everywhere = [*cases("affine"), *cases("grid", **wide), *cases("displacement", linear, ("zeros",))]
+    once = [*cases("affine", **wide), *cases("grid", linear), *cases("grid", linear, folding, channels=3)]
+    for dtype, channels_last in (("float32", True), ("bfloat16", False), ("float64", False), ("float64", True)):
+        once += cases("affine", linear, dtype=dtype, channels_last=channels_last)
+    for shape in ({"channels": 3}, {"channels": 3, **wide}, {"size": (1, 9)}, {"align_corners": True}, {"far": True}):
+        once += cases("affine", linear, folding, **shape)
+    once += cases("affine", linear, folding, size=(64,))
+    once += cases("affine", ("bilinear", "nearest"), ("zeros", "reflection"), size=(6, 8, 16))
+    once += cases("grid", linear, ("zeros",), size=(6, 8, 16))
+    return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
 
 
 def measure(case: Case, arch: str) -> Resources:
@@ -113,27 +138,36 @@ def compile_case(case: Case, arch: str):
     """The compiled kernel that a launcher would start for this case."""
     from tri_stn import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
 
-    dtype = getattr(torch, case.dtype)
-    layout = torch.channels_last if case.channels_last else torch.contiguous_format
-    image = torch.zeros(2, 32, 48, 64, dtype=dtype).contiguous(memory_format=layout)
-    output = torch.zeros(2, 32, 24, 40, dtype=dtype).contiguous(memory_format=layout)
-    theta = torch.zeros(2, 1, 2, 3)
+    dims = len(case.size)
+    image, output = _image(case, case.size), _image(case, tuple(max(1, n // 2) for n in case.size))
+    batch = (2, 1, dims, dims + 1) if case.kind == "affine" else (2, 1, *output.shape[2:], dims)
+    parameters = torch.empty(batch, device="meta")
     options = {
         "kind": case.kind,
         "mode": case.mode,
         "padding_mode": case.padding_mode,
-        "align_corners": False,
+        "align_corners": case.align_corners,
     }
     with _compiling_for(arch) as launches:
         if case.kernel == "gather":
-            kernels.gather(output, image, theta, **options)
+            kernels.gather(output, image, parameters, **options)
         else:
             grad_image = None if case.kernel == "reduce" else torch.empty_like(image)
-            grad_theta = torch.empty_like(theta) if case.need_parameters else None
-            kernels.adjoint(grad_image, grad_theta, output, image, theta, **options)
+            grad_parameters = torch.empty_like(parameters) if case.need_parameters else None
+            kernels.adjoint(grad_image, grad_parameters, output, image, parameters, **options)
     name = {"reduce": "scatter"}.get(case.kernel, case.kernel) + "_kernel"
     (compiled,) = launches[name]
     return compiled
+
+
+def _image(case: Case, size: tuple[int, ...]) -> torch.Tensor:
+    """A pair of images without memory; `far` puts the channels so far apart that only 64 bits reach the last."""
+    image = torch.empty(2, case.channels, *size, dtype=getattr(torch, case.dtype), device="meta")
+    if case.channels_last:
+        return image.contiguous(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[image.dim()])
+    if case.far:
+        return torch.empty_strided(image.shape, (2**40, 2**30, *image.stride()[2:]), dtype=image.dtype, device="meta")
+    return image
 
 
 class _Driver:

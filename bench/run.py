@@ -61,7 +61,7 @@ def _run_job(job: Job, settings: Settings) -> Iterator[Row]:
     truth, limits = measure.standard(workload, tensors)
     share = measure.touched(workload, tensors)
     for provider in job.providers:
-        row = Row(workload, provider.name, "", limits=limits)
+        row = Row(workload, provider.name, "", limits=limits[provider.rounds_grid])
         directions = [d for d in workload.directions if d in settings.directions]
         reason = provider.available(workload, device)
         try:

@@ -22,6 +22,11 @@ def adjoint(grad_input, grad_parameters, grad_output, input, parameters, *, kind
 
     One that is not asked for is None; `input` may be None where grad_parameters is.
     """
+    if grad_parameters is not None and stages.INTERPOLATIONS[mode].taps == 1:
+        grad_parameters.zero_()  # nearest does not change with the coordinate, but for jumps
+        grad_parameters = None
+        if grad_input is None:
+            return
     image = grad_input if grad_input is not None else input
     source = input if input is not None else grad_input
     need_input, need_parameters = grad_input is not None, grad_parameters is not None
@@ -30,7 +35,7 @@ def adjoint(grad_input, grad_parameters, grad_output, input, parameters, *, kind
     scatters = dense or folds or not need_input
 
     dims, channels = image.dim() - 2, image.shape[1]
-    layout = dims, channels, launch.is_channels_last(image), image.dtype
+    layout = dims, channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
     scatter_tile = tiling.scatter_tile(*layout, whole=dense and need_parameters)
     scatter_grid = scatter_tile.grid(grad_output.shape[0], channels, grad_output.shape[2:])
     walk_tile = tiling.walk_tile(*layout)
@@ -57,6 +62,7 @@ def adjoint(grad_input, grad_parameters, grad_output, input, parameters, *, kind
         "NEED_PARAMETERS": need_parameters,
         **launch.constants(image, source, grad_output, parameters=parameters),
     }
+    far = launch.is_far(constants)
     if scatters:
         if dense and need_parameters:
             n, k, pixels = launch.parameter_strides(grad_parameters)
@@ -67,14 +73,14 @@ def adjoint(grad_input, grad_parameters, grad_output, input, parameters, *, kind
             scattered, gradients, grad_output, source, parameters,
             *sizes, *gradient_strides, *parameter_strides, *strides,
             **stages.scatter(kind, mode, padding_mode), **constants,
-            FOLDED_ONLY=walks, NEED_INPUT=need_input, **scatter_tile.constants(),
+            FOLDED_ONLY=walks, NEED_INPUT=need_input, **scatter_tile.constants(far),
         )  # fmt: skip
     if walks:
         shares = None if partials is None else partials[:, :, scatter_slots:]
         walk_kernel[walk_grid](
             grad_input, shares, grad_output, source, scattered, parameters,
             *sizes, *_slot_strides(partials), *parameter_strides[:2], *strides,
-            **stages.walk(kind, mode, padding_mode), **constants, **walk_tile.constants(),
+            **stages.walk(kind, mode, padding_mode), **constants, **walk_tile.constants(far),
         )  # fmt: skip
     elif scattered is not None and scattered is not grad_input:
         grad_input.copy_(scattered)

@@ -13,16 +13,16 @@ import triton.language as tl
 @triton.jit
 def middle(size, COMPUTE: tl.constexpr):
     """The pixel index of the normalised coordinate 0."""
-    return (size - 1).to(COMPUTE) * 0.5
+    return tl.cast(size - 1, COMPUTE) * 0.5
 
 
 @triton.jit
 def pixels_per_unit(size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
     """How many pixels one normalised unit spans."""
     if ALIGN_CORNERS:
-        return (size - 1).to(COMPUTE) * 0.5
+        return tl.cast(size - 1, COMPUTE) * 0.5
     else:
-        return size.to(COMPUTE) * 0.5
+        return tl.cast(size, COMPUTE) * 0.5
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_
 from .interpolation import axis_taps, corner, product
 
 
-@triton.jit(do_not_specialize=["output_size", "input_size", "maps"])
+@triton.jit(do_not_specialize=["maps"])
 def gather_kernel(
     output_ptr, input_ptr, parameters_ptr,
     output_size, input_size, channels, maps,
@@ -67,7 +67,8 @@ def gather_kernel(
 
 def gather(output, input, parameters, *, kind, mode, padding_mode, align_corners):
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …)."""
-    tile = tiling.gather_tile(input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype)
+    taps = stages.INTERPOLATIONS[mode].taps
+    tile = tiling.gather_tile(input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps)
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
         output, input, parameters,
         launch.size(output), launch.size(input), output.shape[1], parameters.shape[1],

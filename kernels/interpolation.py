@@ -81,7 +81,7 @@ def axis_taps(
     else:
         x = _clamp_to_integers(x)
     first = first_tap(x, TAPS)
-    last = (size - 1).to(x.dtype)
+    last = tl.cast(size - 1, x.dtype)
     weights = ()
     slopes = ()
     pixels = ()

@@ -49,6 +49,11 @@ def constants(*images, parameters):
     }
 
 
+def is_far(constants):
+    """Whether a launch with these constants computes offsets in 64 bits."""
+    return constants["INDEX"] == tl.int64
+
+
 def _reach(tensor, first):
     """The largest element offset along the dimensions from `first` on."""
     return sum((n - 1) * s for n, s in zip(tensor.shape[first:], tensor.stride()[first:], strict=True))

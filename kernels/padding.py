@@ -25,14 +25,20 @@ def zeros_vjp(x, size, ALIGN_CORNERS: tl.constexpr):
 
 @triton.jit
 def border(x, size, ALIGN_CORNERS: tl.constexpr):
-    last = (size - 1).to(x.dtype)
+    last = tl.cast(size - 1, x.dtype)
     # Comparisons with NaN are false, so NaN falls through to 0.
     return tl.where(x > 0, tl.where(x < last, x, last), 0.0)
 
 
 @triton.jit
 def border_vjp(x, size, ALIGN_CORNERS: tl.constexpr):
-    return tl.where((x > 0) & (x < (size - 1).to(x.dtype)), 1.0, 0.0).to(x.dtype)
+    return tl.where(strictly_inside(x, size), 1.0, 0.0).to(x.dtype)
+
+
+@triton.jit
+def strictly_inside(x, size):
+    """Whether no padding moves x; one on the edge counts as moved, because its slope is."""
+    return (x > 0) & (x < tl.cast(size - 1, x.dtype))
 
 
 @triton.jit

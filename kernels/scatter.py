@@ -15,9 +15,10 @@ import triton.language as tl
 from . import tuples
 from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
 from .interpolation import axis_taps, corner, product, product_vjp
+from .padding import strictly_inside
 
 
-@triton.jit(do_not_specialize=["output_size", "input_size", "maps"])
+@triton.jit(do_not_specialize=["maps"])
 def scatter_kernel(
     grad_input_ptr, gradients_ptr, grad_output_ptr, input_ptr, parameters_ptr,
     output_size, input_size, channels, maps,
@@ -50,7 +51,7 @@ def scatter_kernel(
     if FOLDED_ONLY and TAPS <= 2:
         inside = mask
         for axis in tl.static_range(len(BLOCK)):
-            inside &= (x[axis] > 0) & (x[axis] < (input_size[axis] - 1).to(COMPUTE))
+            inside &= strictly_inside(x[axis], input_size[axis])
         wanted &= ~inside
     taps = ()
     for axis in tl.static_range(len(BLOCK)):

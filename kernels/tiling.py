@@ -35,8 +35,8 @@ class Tile:
         """Tiles that cover an image."""
         return math.prod(cdiv(s, b) for s, b in zip(reversed(size), self.block, strict=True))
 
-    def constants(self) -> dict[str, Any]:
-        """The tile as a launch takes it."""
+    def constants(self, far: bool = False) -> dict[str, Any]:
+        """The tile as a launch takes it; `far`, 64-bit offsets, takes registers of its own."""
         # An AMD wavefront has 64 threads, twice NVIDIA's warp; its compiler takes no register cap.
         amd = torch.version.hip is not None
         return {
@@ -45,35 +45,50 @@ class Tile:
             "UNROLL": self.unroll,
             "CHANNELS_PER_PROGRAM": self.channels_per_program,
             "num_warps": max(1, self.num_warps // 2) if amd else self.num_warps,
-            **({} if amd else {"maxnreg": self.max_registers}),
+            **({} if amd else {"maxnreg": 255 if far else self.max_registers}),
         }
 
 
 _BLOCKS = {1: {32: (32,), 128: (128,)}, 2: {32: (8, 4), 128: (16, 8)}, 3: {32: (8, 2, 2), 128: (8, 4, 4)}}
 
 
-def gather_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype) -> Tile:
+def gather_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int) -> Tile:
     """The tile of a program that owns output pixels and walks over channels."""
     if channels_last:
-        return _tile(dims, channels, channels_last, dtype, most=64, per_program=256)
-    return _tile(dims, channels, channels_last, dtype, most=4, per_program=64)
+        return _tile(dims, channels, channels_last, dtype, most=64 if taps <= 2 else 32, per_program=256)
+    return _tile(dims, channels, channels_last, dtype, most=4 if taps <= 2 else 1, per_program=64)
 
 
-def scatter_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype, whole: bool = False) -> Tile:
+def scatter_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int, whole: bool) -> Tile:
     """The tile of a program that owns output pixels and their gradients; it holds more than a gather.
 
     `whole` gives each program all channels, where it is the one writer of its pixels' gradients.
     """
     per_program = next_power_of_2(channels) if whole else 64
+    most = (32 if taps <= 2 else 16) if channels_last else (4 if taps <= 2 else 1)
     return _tile(
-        dims, channels, channels_last, dtype, most=32 if channels_last else 4, per_program=per_program, cap=168
+        dims,
+        channels,
+        channels_last,
+        dtype,
+        most=most,
+        per_program=per_program,
+        cap=168 if taps <= 2 and dims <= 2 else 255,
     )
 
 
-def walk_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype) -> Tile:
+def walk_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int) -> Tile:
     """The tile of a program that owns input pixels and one block of channels."""
     # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
-    return _tile(dims, channels, channels_last, dtype, most=32 if channels_last else 8, per_program=0)
+    return _tile(
+        dims,
+        channels,
+        channels_last,
+        dtype,
+        most=32 if channels_last else 8,
+        per_program=0,
+        cap=128 if taps <= 2 else 168,
+    )
 
 
 def _tile(

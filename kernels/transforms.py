@@ -49,8 +49,8 @@ def affine_load_vjp(
     for a in tl.static_range(dims):
         for b in tl.static_range(dims + 1):
             scale = _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-            entry: tl.constexpr = a * (dims + 1) + b
-            tl.store(gradients_ptr + entry, tl.sum(gradients[entry]) * scale)
+            total = tl.sum(gradients[a * (dims + 1) + b])
+            tl.store(gradients_ptr + (a * (dims + 1) + b), total * scale)
 
 
 @triton.jit
@@ -60,9 +60,10 @@ def _affine_scale(
     """What entry (a, b) of theta is multiplied by to act on pixels."""
     scale = pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE)
     if b < len(input_size):
-        # A quotient, not a product with a reciprocal: equal sizes must give exactly 1.
         per_unit = pixels_per_unit(output_size[b], ALIGN_CORNERS, COMPUTE)
-        scale = tl.where(per_unit > 0, scale / tl.where(per_unit > 0, per_unit, 1.0), 0.0)
+        quotient = tl.where(per_unit > 0, scale / tl.where(per_unit > 0, per_unit, 1.0), 0.0)
+        # A GPU's quotient of equals need not be 1, and the identity must land on the pixels.
+        scale = tl.where((scale == per_unit) & (scale > 0), 1.0, quotient)
     return scale
 
 
@@ -184,7 +185,7 @@ def _clamp_interval(first, last, size):
     Written with comparisons, so that a NaN bound becomes the end of the axis and infinities never
     reach the conversion to integers.
     """
-    n = size.to(first.dtype)
+    n = tl.cast(size, first.dtype)
     first = tl.where(first > 0, tl.where(first < n, first, n), 0.0)
     last = tl.where(last < n - 1, tl.where(last > -1, last, -1.0), n - 1)
     return tl.ceil(first).to(tl.int32), tl.floor(last).to(tl.int32)

@@ -25,9 +25,10 @@ import triton.language as tl
 from . import tuples
 from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
 from .interpolation import product, product_vjp, touches
+from .padding import strictly_inside
 
 
-@triton.jit(do_not_specialize=["output_size", "input_size", "maps"])
+@triton.jit(do_not_specialize=["maps"])
 def walk_kernel(
     grad_input_ptr, gradients_ptr, grad_output_ptr, input_ptr, scattered_ptr, parameters_ptr,
     output_size, input_size, channels, maps,
@@ -97,7 +98,7 @@ def walk_kernel(
                     for axis in tl.static_range(len(BLOCK)):
                         hit &= touches(x[axis], position[axis], TAPS)
                         if FOLDS and TAPS <= 2:
-                            hit &= (x[axis] > 0) & (x[axis] < (input_size[axis] - 1).to(COMPUTE))
+                            hit &= strictly_inside(x[axis], input_size[axis])
                     grad_output = _load_channels(
                         grad_output_ptr + m * grad_output_stride_n,
                         offset((column,) + row, grad_output_strides, INDEX),
@@ -106,7 +107,9 @@ def walk_kernel(
                     weights, slopes = _weigh(x, position, hit, WEIGHT, WEIGHT_VJP)
                     collected = _add_scaled(collected, product(weights), grad_output)
                     if NEED_PARAMETERS:
-                        grad_x = product_vjp(weights, slopes, _dot(grad_output, values))
+                        # A pixel that was not read may hold infinity, and grad_output's 0 would not hide it.
+                        dot = tl.where(hit, _dot(grad_output, values), 0.0)
+                        grad_x = product_vjp(weights, slopes, dot)
                         gradients = tuples.add(gradients, TRANSFORM_VJP(coefficients, u, grad_x))
             if wide:
                 collected = _hand_over(collected, lane == turn)

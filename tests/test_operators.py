@@ -5,16 +5,19 @@ import importlib
 import pytest
 import torch
 import torch._dynamo.testing
+from conftest import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tri_stn
+from tri_stn import ops
 from tri_stn.testing import Case
 
 OPTIONS = ("affine", [4, 5], "bilinear", "border", False)
 
 
 def arguments(device, dtype=torch.float32, channels_last=False):
-    case = Case(maps=2, size=(4, 5), input_size=(5, 4), dtype=dtype, channels_last=channels_last)
+    arrangement = "channels_last" if channels_last else "contiguous"
+    case = Case(maps=2, size=(4, 5), input_size=(5, 4), dtype=dtype, arrangement=arrangement)
     return case.tensors(device)
 
 
@@ -27,7 +30,7 @@ def test_opcheck(backend, dtype, channels_last):
     shape, tail = list(image.shape), ("affine", "bilinear", "border", False)
     for need_input, need_theta in ((True, True), (True, False), (False, True)):
         kept = image if need_theta else None
-        args = (grad.flatten(0, 1), kept, theta, shape, channels_last, *tail, need_input, need_theta)
+        args = (grad.reshape(-1, *grad.shape[2:]), kept, theta, shape, channels_last, *tail, need_input, need_theta)
         torch.library.opcheck(ops.warp_backward.default, args)
     torch.library.opcheck(ops.warp.default, (image.requires_grad_(), theta.requires_grad_(), *OPTIONS))
 
@@ -88,21 +91,26 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_pass_allocates_nothing_the_size_of_an_image(dtype, monkeypatch):
-    """No grid, no fp32 twin, no workspace: beside the results only partial sums."""
-    launcher = importlib.import_module("tri_stn.kernels.adjoint")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_pass_allocates_nothing_the_size_of_an_image(dtype, layout, monkeypatch):
+    """No grid, no fp32 twin, no copy into another layout: beside the results only partial sums."""
     launches = []
-    for name in ("walk_kernel", "scatter_kernel"):  # the interpreter allocates for itself: don't start it
-        monkeypatch.setattr(launcher, name, Silent(name, launches))
-    image, grad = torch.empty(2, 8, 512, 512, dtype=dtype), torch.empty(2, 8, 512, 512, dtype=dtype)
-    theta = torch.empty(2, 1, 2, 3)
-    options = {"kind": "affine", "mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
+    for file, name in (("gather", "gather_kernel"), ("adjoint", "walk_kernel"), ("adjoint", "scatter_kernel")):
+        # The interpreter allocates for itself, so nothing is started.
+        monkeypatch.setattr(importlib.import_module(f"tri_stn.kernels.{file}"), name, Silent(name, launches))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    image = torch.empty(2, 8, 256, 256, dtype=dtype, device=DEVICE).contiguous(memory_format=layout)
+    theta = torch.empty(2, 1, 2, 3, device=DEVICE)
     with Allocations() as log:
-        launcher.adjoint(torch.empty_like(image), torch.empty_like(theta), grad, image, theta, **options)
+        output = ops._warp_forward(image, theta, "affine", image.shape[2:], "bilinear", "zeros", False)
+        ops._warp_backward(
+            output, image, theta, image.shape, layout == torch.channels_last,
+            "affine", "bilinear", "zeros", False, True, True,
+        )  # fmt: skip
     sizes = sorted(t.numel() * t.element_size() for t in log.tensors)
-    assert launches == ["walk_kernel"]
-    assert sizes[-1] == image.numel() * image.element_size(), "the log must see grad_input itself"
-    assert sum(sizes[:-1]) < image.numel() // 8  # a grid alone: 4 bytes a number, 2 numbers a pixel
+    assert launches == ["gather_kernel", "walk_kernel"]
+    assert sizes[-2:] == [image.numel() * image.element_size()] * 2, "the output and grad_input, once each"
+    assert sum(sizes[:-2]) < image.numel() // 8  # a grid alone: 4 bytes a number, 2 numbers a pixel
 
 
 class Silent:

@@ -15,14 +15,15 @@ import tri_stn
 ROOT = Path(__file__).parent.parent
 
 
-def python(code, cwd, **kwargs):
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, **kwargs)
+def python(code, cwd, *arguments, **kwargs):
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, **kwargs)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
 
 def test_public_names():
-    assert tri_stn.__all__ == ["Affine", "warp"]
+    assert tri_stn.__all__ == ["Affine", "Displacement", "Grid", "grid_sample", "warp"]
     assert all(getattr(tri_stn, name).__doc__ for name in tri_stn.__all__)
 
 
@@ -47,9 +48,9 @@ print(image.grad.sum().item())
 
 
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory):
-    """A wheel and an sdist, built from a copy so that the tree stays clean."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+def sdist(tmp_path_factory):
+    """The source distribution, unpacked; built from a copy so that the tree stays clean."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -57,34 +58,45 @@ def distributions(tmp_path_factory):
         copy = source / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
-    build = "import sys; from setuptools import build_meta as b; b.build_{}(sys.argv[1])"
-    for kind in ("wheel", "sdist"):
-        command = [sys.executable, "-c", build.format(kind), str(out)]
-        subprocess.run(command, cwd=source, check=True, capture_output=True)
-    return out
+    with tarfile.open(build("sdist", source, out)) as archive:
+        archive.extractall(out, filter="data")
+    return next(path for path in out.iterdir() if path.is_dir())
 
 
-def test_wheel_imports_and_works_anywhere(distributions, tmp_path):
-    (wheel,) = distributions.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = f"""
+def build(kind, source, out):
+    code = f"import sys; from setuptools import build_meta as b; print(b.build_{kind}(sys.argv[1]))"
+    built = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=source, check=True, capture_output=True, text=True
+    )
+    return out / built.stdout.splitlines()[-1]
+
+
+USE = """
 import sys
-sys.path.insert(0, {str(tmp_path)!r})
+sys.path.insert(0, {folder!r})
 import importlib.util, torch, tri_stn, tri_stn.kernels
-assert tri_stn.__file__.startswith({str(tmp_path)!r})
-assert tri_stn.kernels.__file__.startswith({str(tmp_path)!r})
-print(importlib.util.find_spec("kernels"))
+assert all(module.__file__.startswith({folder!r}) for module in (tri_stn, tri_stn.kernels))
+assert importlib.util.find_spec("kernels") is None
+image = torch.rand(1, 1, 4, 4, requires_grad=True)
+tri_stn.warp(image, tri_stn.Affine(torch.eye(2, 3)[None])).sum().backward()
+print(image.grad.sum().item())
 """
-    assert python(code, tmp_path.parent) == "None"
-    assert (tmp_path / "tri_stn" / "py.typed").exists()
 
 
-def test_sdist_holds_the_kernels(distributions):
-    (sdist,) = distributions.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        names = archive.getnames()
-    assert any(name.endswith("/kernels/walk.py") for name in names)
-    assert any(name.endswith("/LICENSE") for name in names)
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_wheel_from_the_sdist_works_anywhere(sdist, tmp_path, interpret):
+    """On the CPU path and through the kernels."""
+    folder = tmp_path / "site"
+    zipfile.ZipFile(build("wheel", sdist, tmp_path)).extractall(folder)
+    assert (folder / "tri_stn" / "py.typed").exists() and (sdist / "LICENSE").exists()
+    code, environment = USE.format(folder=str(folder)), os.environ | {"TRITON_INTERPRET": interpret}
+    assert python(code, tmp_path, env=environment) == "16.0"
+
+
+def test_editable_install_maps_the_kernels():
+    """This test runs on one, or on an installed copy: either way from a folder named kernels, or from the wheel."""
+    code = "import tri_stn.kernels, pathlib; print(pathlib.Path(tri_stn.kernels.__file__).parent.name)"
+    assert python(code, "/") == "kernels"
 
 
 def imports(file):

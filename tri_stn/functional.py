@@ -13,6 +13,8 @@ from .transforms import Grid, Transform
 
 MODES = ("bilinear", "nearest", "bicubic")
 PADDING_MODES = ("zeros", "border", "reflection")
+LARGEST_AXIS = 2**24
+"""Pixels along an axis that fp32 coordinates can tell apart."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -42,7 +44,7 @@ def warp(
             without copies.
         size: the output's ([D,] [H,] W) in pixels. By default that of a dense transform, else the input's.
         mode: "bilinear" (linear along each axis), "nearest" (which rounds half to even, as torch
-            does) or "bicubic" (a = -0.75, along each axis).
+            does) or, in 1-D and 2-D, "bicubic" (a = -0.75, along each axis).
         padding_mode: what lies outside the image: "zeros", "border" or "reflection".
         align_corners: whether -1 and 1 are the centres of the outermost pixels (True) or their
             outer edges (False), as in `torch.nn.functional.grid_sample`.
@@ -70,19 +72,29 @@ def warp(
             f"A {dims}-D {type(transform).__name__} takes input of shape (N, C, {_axes(dims)}), {dims + 2} dimensions; "
             f"got {tuple(input.shape)}."
         )
+    if mode == "bicubic" and dims == 3:
+        raise ValueError("mode 'bicubic' takes 1-D and 2-D images; for 3-D images use 'bilinear' or 'nearest'.")
     if 0 in input.shape[2:]:
         raise ValueError(f"input must have at least one pixel; got spatial size {tuple(input.shape[2:])}.")
     if size is None:
         size = input.shape[2:] if transform.size is None else transform.size
     size = _check_size(size, dims)
+    if max(*input.shape[2:], *size) > LARGEST_AXIS and input.dtype != torch.float64:
+        raise ValueError(
+            f"An axis of more than 2 ** 24 pixels needs fp64, as fp32 cannot number its pixels; got input "
+            f"{tuple(input.shape[2:])} and size {size} in {input.dtype}. Convert the input with .double()."
+        )
     if transform.size is not None and tuple(transform.size) != size:
         raise ValueError(
             f"This {type(transform).__name__} has one map per pixel of an output of size {tuple(transform.size)}; got "
             f"size {size}. Leave size out."
         )
     if input.is_complex():
-        options = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
-        return torch.complex(*(warp(part, transform, size, **options) for part in (input.real, input.imag)))
+        parts = [
+            warp(part, transform, size, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
+            for part in (input.real, input.imag)
+        ]
+        return torch.complex(*parts)
 
     parameters = transform.parameters
     if parameters.device != input.device:
@@ -103,7 +115,7 @@ def grid_sample(
 ) -> Tensor:
     """`torch.nn.functional.grid_sample`, with the same signature, warning and numbers.
 
-    Beyond it: 1-D images, (N, C, W) with grid (N, W_out, 1); bicubic in 1-D and 3-D; a grid of another
+    Beyond it: 1-D images, (N, C, W) with grid (N, W_out, 1); bicubic in 1-D; a grid of another
     dtype than the image; complex images; one image with many grids, and K grids per image, (N, K,
     *size, d) → (N, K, C, *size); channels_last kept; fp32 coordinates and sums for 16-bit images.
 
@@ -167,7 +179,7 @@ def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _check_size(size: Sequence[int], dims: int) -> tuple[int, ...]:
-    if isinstance(size, (int, str)) or not all(isinstance(s, (int, torch.SymInt)) for s in size):
+    if not isinstance(size, Sequence) or not all(isinstance(s, (int, torch.SymInt)) for s in size):
         raise TypeError(f"size must be a sequence of {dims} integers, ({_axes(dims)}); got {size!r}.")
     if len(size) != dims:
         hint = " Leave out the batch and channels." if len(size) == dims + 2 else ""

@@ -52,7 +52,7 @@ def warp(
 
 def _allocate_output(input: Tensor, parameters: Tensor, size: Sequence[int]) -> Tensor:
     shape = (parameters.shape[0] * parameters.shape[1], input.shape[1], *size)
-    return input.new_empty(shape).contiguous(memory_format=_memory_format(input))
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
 
 
 def _warp_forward(
@@ -61,9 +61,10 @@ def _warp_forward(
 ) -> Tensor:  # fmt: skip
     output = _allocate_output(input, parameters, size)
     if output.numel():
-        _backend(input).gather(
-            output, input, parameters, kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners
-        )
+        with torch.cuda.device_of(input):  # where Triton launches; for CPU tensors it does nothing
+            _backend(input).gather(
+                output, input, parameters, kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners
+            )
     return output
 
 
@@ -76,9 +77,10 @@ def _allocate_gradients(
     need_input: bool, need_parameters: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the backward fills; an empty tensor stands for a gradient that nobody asked for."""
-    grad_input = grad_output.new_empty(input_shape if need_input else (0,))
-    if need_input and channels_last:
-        grad_input = grad_input.contiguous(memory_format=_CHANNELS_LAST[len(input_shape)])
+    layout = _CHANNELS_LAST[len(input_shape)] if need_input and channels_last else torch.contiguous_format
+    grad_input = torch.empty(
+        input_shape if need_input else (0,), dtype=grad_output.dtype, device=grad_output.device, memory_format=layout
+    )
     grad_parameters = torch.empty_like(parameters) if need_parameters else parameters.new_empty((0,))
     return grad_input, grad_parameters
 
@@ -90,10 +92,12 @@ def _warp_backward(
     gradients = _allocate_gradients(grad_output, parameters, input_shape, channels_last, need_input, need_parameters)
     if not grad_output.numel():
         return gradients[0].zero_(), gradients[1].zero_()
-    _backend(grad_output).adjoint(
-        gradients[0] if need_input else None, gradients[1] if need_parameters else None, grad_output, input, parameters,
-        kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners,
-    )  # fmt: skip
+    grad_input, grad_parameters = gradients[0] if need_input else None, gradients[1] if need_parameters else None
+    with torch.cuda.device_of(grad_output):
+        _backend(grad_output).adjoint(
+            grad_input, grad_parameters, grad_output, input, parameters,
+            kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners,
+        )  # fmt: skip
     return gradients
 
 

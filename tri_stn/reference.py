@@ -107,7 +107,8 @@ def dense_load_vjp(grad: Tensor, input_size: Sequence[int], size: Sequence[int],
 
 def grid(field: Tensor, pixels: _Pixels) -> list[Tensor]:
     """An explicit grid, (M, K, *size, d), normalised → source pixel coordinates, d × (M, K, P)."""
-    values = field[(slice(None), slice(None), *reversed(pixels.index))].to(pixels.u[0].dtype)
+    index: tuple[Tensor | slice, ...] = (slice(None), slice(None), *reversed(pixels.index))
+    values = field[index].to(pixels.u[0].dtype)
     x = []
     for axis, n in enumerate(pixels.input_size):
         x.append((n - 1) / 2 + values[..., axis] * _pixels_per_unit(n, pixels.align_corners))

@@ -9,12 +9,26 @@ mask: everywhere else the criterion is strict.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .transforms import Affine, Displacement, Grid, Transform
+
+ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "every_other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "channel_slice": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "expanded": lambda x: x[:, :1].expand_as(x),
+    "channels_last_slice": lambda x: torch.cat([x, x], 1).movedim(1, -1).contiguous().movedim(-1, 1)[:, : x.shape[1]],
+}
+"""The same or like numbers in other places of memory; axis 1 is the channels (or the maps, of a gradient)."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +46,12 @@ class Case:
     align_corners: bool = False
     dtype: torch.dtype = torch.float32
     theta_dtype: torch.dtype = torch.float32
-    channels_last: bool = False
+    arrangement: str = "contiguous"
+    """How the image and the output's gradient lie in memory: a key of ARRANGEMENTS."""
     theta: tuple[tuple[float, ...], ...] | None = None
     """One matrix for all maps; random near the identity if None."""
+    kind: str = "affine"
+    """Or "grid" or "displacement": random fields that reach beyond the image."""
     seed: int = 0
 
     @property
@@ -45,53 +62,74 @@ class Case:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def tensors(self, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """Input, theta and a gradient of the output, the same values on every device."""
+        """Input, the transform's parameters and a gradient of the output, the same on every device."""
         generator = torch.Generator().manual_seed(self.seed)
         dims = len(self.size)
         image = torch.rand(self.images, self.channels, *self.input_size, generator=generator) * 2 - 1
-        image = image.to(device, self.dtype)
+        image = ARRANGEMENTS[self.arrangement](image.to(device, self.dtype))
         batch = (self.images,) if self.maps is None else (self.images, self.maps)
-        if self.theta is None:
-            theta = torch.eye(dims, dims + 1) + 0.4 * torch.randn(*batch, dims, dims + 1, generator=generator)
+        if self.kind != "affine":
+            reach = 1.3 if self.kind == "grid" else 0.4
+            parameters = reach * (2 * torch.rand(*batch, *self.size, dims, generator=generator) - 1)
+        elif self.theta is None:
+            parameters = torch.eye(dims, dims + 1) + 0.4 * torch.randn(*batch, dims, dims + 1, generator=generator)
         else:
-            theta = torch.tensor(self.theta).expand(*batch, dims, dims + 1)
+            parameters = torch.tensor(self.theta).expand(*batch, dims, dims + 1)
         grad = torch.rand(*batch, self.channels, *self.size, generator=generator) * 2 - 1
-        grad = grad.to(device, self.dtype)
-        if self.channels_last:
-            formats = {2: torch.channels_last, 3: torch.channels_last_3d}
-            image = image.contiguous(memory_format=formats[dims])
-        return image, theta.to(device, self.theta_dtype).contiguous(), grad
+        grad = ARRANGEMENTS[self.arrangement](grad.to(device, self.dtype))
+        return image, parameters.to(device, self.theta_dtype).contiguous(), grad
+
+    def transform(self, parameters: Tensor) -> Transform:
+        """The transform that the parameters are for."""
+        return {"affine": Affine, "grid": Grid, "displacement": Displacement}[self.kind](parameters)
 
 
-def warp_truth(
-    input: Tensor, theta: Tensor, size: Sequence[int], *, mode: str, padding_mode: str, align_corners: bool
-) -> Tensor:
-    """`warp(input, Affine(theta), size)` by torch in fp64, differentiable in both tensors."""
-    maps = theta.flatten(0, -3).double()
-    images = input.double()
-    if len(maps) != len(images):
-        images = images.repeat_interleave(len(maps) // len(images), 0)
-    grid = F.affine_grid(maps, [len(maps), images.shape[1], *size], align_corners=align_corners)
-    output = F.grid_sample(images, grid, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
-    return output.unflatten(0, theta.shape[:-2])
+def truth_grid(case: Case, parameters: Tensor) -> Tensor:
+    """Where a case's output pixels look, (maps, *size, d) in fp64, differentiable in the parameters."""
+    dims = len(case.size)
+    maps = parameters.flatten(0, -3 if case.kind == "affine" else -dims - 2).double()
+    if case.kind == "grid":
+        return maps
+    theta = maps if case.kind == "affine" else torch.eye(dims, dims + 1, device=maps.device).double()[None]
+    if dims == 1:  # which torch does not have
+        x = torch.arange(case.size[0], device=maps.device).double() - (case.size[0] - 1) / 2
+        x = x / max((case.size[0] - case.align_corners) / 2, 0.5)
+        grid = theta[:, :, 0] * x + theta[:, :, 1]
+        grid = grid[..., None]
+    else:
+        grid = F.affine_grid(theta, [len(theta), 1, *case.size], align_corners=case.align_corners)
+    return grid if case.kind == "affine" else grid + maps
 
 
-def near_discontinuity(
-    theta: Tensor, input_size: Sequence[int], size: Sequence[int], *, mode: str, align_corners: bool, band: float = 1e-5
-) -> Tensor:
-    """Output pixels, (…, *size), where rounding may choose the other pixel, or the other slope.
+def warp_truth(case: Case, input: Tensor, parameters: Tensor) -> Tensor:
+    """A case's output by torch in fp64, differentiable in both tensors; not for 3-D bicubic."""
+    grid, images = truth_grid(case, parameters), input.double()
+    if len(grid) != len(images):
+        images = images.repeat_interleave(len(grid) // len(images), 0)
+    if len(case.size) == 1:  # a line is an image of height one, read at its middle
+        images, grid = images.unsqueeze(2), torch.stack([grid, torch.zeros_like(grid)], -1).squeeze(2).unsqueeze(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*unit size")
+        output = F.grid_sample(images, grid, **case.options)  # type: ignore[arg-type]
+    output = output.squeeze(2) if len(case.size) == 1 else output
+    return output if case.maps is None else output.unflatten(0, (-1, case.maps))
+
+
+def near_discontinuity(case: Case, parameters: Tensor, band: float = 1e-5) -> Tensor:
+    """Output pixels, (N, [K,] *size), where rounding may choose the other pixel, or the other slope.
 
     Within ``band`` times the coordinate's magnitude, in pixels, of a half pixel (nearest) or of a
-    whole one (bilinear). Folding a coordinate back into the image moves none of these places.
+    whole one (bilinear and, for its slope at the edges, bicubic). Folding moves none of these places.
     """
-    maps = theta.flatten(0, -3).double()
-    grid = F.affine_grid(maps, [len(maps), 1, *size], align_corners=align_corners)
-    near = torch.zeros(grid.shape[:-1], dtype=torch.bool, device=theta.device)
-    for axis, pixels in enumerate(reversed(input_size)):
-        x = (pixels - 1) / 2 + grid[..., axis] * ((pixels - 1) / 2 if align_corners else pixels / 2)
-        distance = (x - x.round()).abs() if mode == "bilinear" else (x - x.floor() - 0.5).abs()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*unit size")
+        grid = truth_grid(case, parameters)
+    near = torch.zeros(grid.shape[:-1], dtype=torch.bool, device=parameters.device)
+    for axis, pixels in enumerate(reversed(case.input_size)):
+        x = (pixels - 1) / 2 + grid[..., axis] * ((pixels - 1) / 2 if case.align_corners else pixels / 2)
+        distance = (x - x.floor() - 0.5).abs() if case.mode == "nearest" else (x - x.round()).abs()
         near |= ~(distance > band * (pixels + x.abs()))  # NaN counts as near
-    return near.unflatten(0, theta.shape[:-2])
+    return near if case.maps is None else near.unflatten(0, (-1, case.maps))
 
 
 def assert_accurate(
