@@ -31,6 +31,7 @@ def adjoint(grad_input, grad_parameters, grad_output, input, parameters, *, kind
     source = input if input is not None else grad_input
     need_input, need_parameters = grad_input is not None, grad_parameters is not None
     dense, folds = stages.TRANSFORMS[kind].dense, stages.PADDINGS[padding_mode].folds
+    parameters = launch.packed(parameters, dense)
     walks = need_input and not dense
     scatters = dense or folds or not need_input
 

@@ -68,6 +68,7 @@ def gather_kernel(
 def gather(output, input, parameters, *, kind, mode, padding_mode, align_corners):
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …)."""
     taps = stages.INTERPOLATIONS[mode].taps
+    parameters = launch.packed(parameters, stages.TRANSFORMS[kind].dense)
     tile = tiling.gather_tile(input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps)
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
         output, input, parameters,

@@ -25,6 +25,11 @@ def parameter_strides(parameters):
     return stride[0], stride[1], (*reversed(stride[2:-1]), stride[-1])
 
 
+def packed(parameters, dense):
+    """Parameters as the kernels read them: a dense map in place, a few numbers per map next to each other."""
+    return parameters if dense else parameters.contiguous()
+
+
 def count(parameters):
     """Numbers per map in parameters (M, K, …)."""
     return math.prod(parameters.shape[2:])

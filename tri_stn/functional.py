@@ -100,8 +100,6 @@ def warp(
     if parameters.device != input.device:
         raise ValueError(f"input and transform must be on the same device; got {input.device} and {parameters.device}.")
     parameters, batch = _match_batch(input, parameters, transform.batch)
-    if transform.size is None:
-        parameters = parameters.contiguous()  # a few numbers per map
     output = ops.warp(input, parameters, transform.kind, size, mode, padding_mode, align_corners)
     return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
 
