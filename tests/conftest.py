@@ -18,8 +18,8 @@ if DEVICE == "cpu":
     _cast = InterpreterBuilder.cast_impl
 
     def _cast_rounding_bf16(self, src, dst_type):
-        """The interpreter truncates fp32 to bf16; every GPU rounds to nearest even."""
-        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+        """The interpreter truncates fp32 to bf16 and garbles fp64; every GPU rounds to nearest even."""
+        if src.dtype.scalar in (tl.float32, tl.float64) and dst_type.scalar == tl.bfloat16:
             rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
             return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
         return _cast(self, src, dst_type)
