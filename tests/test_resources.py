@@ -52,11 +52,12 @@ def test_no_compare_and_swap_loop(rows):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_channels_last_loads_are_wide(rows, arch):
-    """32 channels beside each other are read by 128-bit loads, not one by one."""
+    """32 channels beside each other are read by 128-bit loads, or 64-bit for bicubic, which holds fewer."""
     kernels = [r for r in rows if r["arch"] == arch and "channels_last" in r["stages"]]
     kernels = [r for r in kernels if "float64" not in r["stages"] and "C=" not in r["stages"]]
     assert kernels
-    assert offenders(kernels, lambda row: "128" not in row["load_widths"]) == []
+    allowed = {True: {"64", "128"}, False: {"128"}}
+    assert offenders(kernels, lambda row: not allowed["bicubic" in row["stages"]] & set(row["load_widths"])) == []
     assert offenders(kernels, lambda row: "16" in row["load_widths"]) == []
 
 
