@@ -87,7 +87,7 @@ def walk_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype,
         dtype,
         most=32 if channels_last else 8,
         per_program=0,
-        cap=128 if taps <= 2 else 168,
+        cap=128 if taps <= 2 and dims <= 2 else 168,
     )
 
 
