@@ -6,82 +6,101 @@
 - grad_input of a dense map: the scatter alone.
 - The transform's gradient alone: a reduction over the output, the scatter kernel without atomics.
 
+All of them also compute what their gradients change by along a direction, for second derivatives.
+
 The gradient of a few parameters is a sum over everything: every program leaves its share in a slot
 of its own, and torch adds the slots. Those of a dense map belong to one output pixel each.
 """
 
 import torch
 
-from . import launch, stages, tiling
+from . import fixed_point, launch, stages, tiling
 from .scatter import scatter_kernel
 from .walk import walk_kernel
 
 
-def adjoint(grad_input, grad_parameters, grad_output, input, parameters, *, kind, mode, padding_mode, align_corners):
+def adjoint(
+    grad_input, grad_parameters, grad_output, input, parameters, input_tangent=None, parameters_tangent=None,
+    *, kind, mode, padding_mode, align_corners, deterministic=False,
+):  # fmt: skip
     """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both.
 
-    One that is not asked for is None; `input` may be None where grad_parameters is.
+    One that is not asked for is None; `input` may be None where grad_parameters is. With
+    parameters_tangent and, if wanted, input_tangent: fill them with what they change by.
+    A tensor whose batch is a divisor of M serves over and over. `deterministic` sums scattered
+    gradients in fixed point, so that the order of the atomics does not matter.
     """
-    if grad_parameters is not None and stages.INTERPOLATIONS[mode].taps == 1:
-        grad_parameters.zero_()  # nearest does not change with the coordinate, but for jumps
-        grad_parameters = None
-        if grad_input is None:
+    need_input, tangent = grad_input is not None, parameters_tangent is not None
+    if stages.INTERPOLATIONS[mode].taps == 1:  # nearest does not change with the coordinate, but for jumps
+        if grad_parameters is not None:
+            grad_parameters.zero_()
+        if tangent and need_input:
+            grad_input.zero_()
+        if tangent or not need_input:
             return
-    image = grad_input if grad_input is not None else input
-    source = input if input is not None else grad_input
-    need_input, need_parameters = grad_input is not None, grad_parameters is not None
+        grad_parameters = None
+    need_parameters = grad_parameters is not None
+    flags = {
+        "NEED_PARAMETERS": need_parameters,
+        "TANGENT": tangent,
+        "INPUT_TANGENT": need_parameters and input_tangent is not None,
+        "ALIGN_CORNERS": align_corners,
+    }
+    image = grad_input if need_input else input
+    source = image if input is None else input
+    images = source, source if input_tangent is None else input_tangent
     dense, folds = stages.TRANSFORMS[kind].dense, stages.PADDINGS[padding_mode].folds
-    parameters = launch.packed(parameters, dense)
+    motions = launch.packed(dense, parameters, parameters_tangent)
+    batch, maps = image.shape[0] if need_input else grad_parameters.shape[0], parameters.shape[1]
     walks = need_input and not dense
     scatters = dense or folds or not need_input
 
     dims, channels = image.dim() - 2, image.shape[1]
     layout = dims, channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
     scatter_tile = tiling.scatter_tile(*layout, whole=dense and need_parameters)
-    scatter_grid = scatter_tile.grid(grad_output.shape[0], channels, grad_output.shape[2:])
+    scatter_grid = scatter_tile.grid(batch * maps, channels, grad_output.shape[2:])
     walk_tile = tiling.walk_tile(*layout)
-    walk_grid = walk_tile.grid(image.shape[0], channels, image.shape[2:])
+    walk_grid = walk_tile.grid(batch, channels, image.shape[2:])
 
     compute = launch.compute_dtype(image.dtype)
-    scatter_slots = scatter_grid[0] // grad_output.shape[0] * scatter_grid[1] if scatters else 0
-    walk_slots = walk_grid[0] // image.shape[0] * walk_grid[1] if walks else 0
+    scatter_slots = scatter_grid[0] // (batch * maps) * scatter_grid[1] if scatters else 0
+    walk_slots = walk_grid[0] // batch * walk_grid[1] if walks else 0
     partials = None
     if need_parameters and not dense:
-        shape = (*parameters.shape[:2], scatter_slots + walk_slots, launch.count(parameters))
+        shape = (batch, maps, scatter_slots + walk_slots, launch.count(parameters))
         partials = torch.empty(shape, dtype=compute, device=image.device)
 
     # Atomics in 16 bits would lose sums and loop on the hardware: those images get an fp32 twin.
-    scattered = None
+    scattered, scale = None, None
     if need_input and scatters:
-        scattered = grad_input.zero_() if image.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
+        if deterministic:
+            scattered = torch.zeros_like(grad_input, dtype=torch.int64)
+            scale = fixed_point.scale(grad_output, motions[1] if tangent else None, grad_input, maps, dense)
+        else:
+            scattered = grad_input.zero_() if image.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
 
-    sizes = launch.size(grad_output), launch.size(image), channels, parameters.shape[1]
-    strides = *launch.strides(image), *launch.strides(grad_output), *launch.strides(source)
-    parameter_strides = launch.parameter_strides(parameters)
-    constants = {
-        "ALIGN_CORNERS": align_corners,
-        "NEED_PARAMETERS": need_parameters,
-        **launch.constants(image, source, grad_output, parameters=parameters),
-    }
+    sizes = launch.size(grad_output), launch.size(image), channels, maps, *launch.batches(grad_output, *images, *motions)
+    strides = launch.strides(grad_output), *map(launch.strides, images), *map(launch.parameter_strides, motions)
+    constants = launch.constants(image, *images, grad_output, parameters=motions)
     far = launch.is_far(constants)
     if scatters:
+        gradients, gradients_strides, slot = partials, *_slot_strides(partials)
         if dense and need_parameters:
-            n, k, pixels = launch.parameter_strides(grad_parameters)
-            gradients, gradient_strides = grad_parameters, (n, k, 0, pixels)
-        else:
-            gradients, gradient_strides = partials, (*_slot_strides(partials), None)
+            gradients, gradients_strides, slot = grad_parameters, launch.parameter_strides(grad_parameters), 0
         scatter_kernel[scatter_grid](
-            scattered, gradients, grad_output, source, parameters,
-            *sizes, *gradient_strides, *parameter_strides, *strides,
-            **stages.scatter(kind, mode, padding_mode), **constants,
-            FOLDED_ONLY=walks, NEED_INPUT=need_input, **scatter_tile.constants(far),
+            scattered, scale, gradients, grad_output, *images, *motions,
+            *sizes, launch.strides(image), gradients_strides, slot, *strides,
+            **stages.scatter(kind, mode, padding_mode), **constants, **flags,
+            FOLDED_ONLY=walks, FIXED=scale is not None, NEED_INPUT=need_input, **scatter_tile.constants(far),
         )  # fmt: skip
+        if scale is not None:
+            scattered = fixed_point.restore(scattered, scale, grad_input, compute if walks else None)
     if walks:
         shares = None if partials is None else partials[:, :, scatter_slots:]
         walk_kernel[walk_grid](
-            grad_input, shares, grad_output, source, scattered, parameters,
-            *sizes, *_slot_strides(partials), *parameter_strides[:2], *strides,
-            **stages.walk(kind, mode, padding_mode), **constants, **walk_tile.constants(far),
+            grad_input, scattered, shares, grad_output, *images, *motions,
+            *sizes, launch.strides(image), *_slot_strides(partials), *strides,
+            **stages.walk(kind, mode, padding_mode), **constants, **flags, **walk_tile.constants(far),
         )  # fmt: skip
     elif scattered is not None and scattered is not grad_input:
         grad_input.copy_(scattered)
@@ -90,5 +109,5 @@ def adjoint(grad_input, grad_parameters, grad_output, input, parameters, *, kind
 
 
 def _slot_strides(partials):
-    """Strides of n, k and the slot."""
-    return (0, 0, 0) if partials is None else partials.stride()[:3]
+    """Strides of n and k, and the slots'."""
+    return ((0, 0), 0) if partials is None else (partials.stride()[:2], partials.stride(2))

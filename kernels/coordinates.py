@@ -71,9 +71,21 @@ def offset(index, strides, INDEX: tl.constexpr):
 
 
 @triton.jit
-def block_offset(pixel, c, stride_c):
-    """Element offsets of a [pixels, channels] block from the pixels' offsets and the channels' indices."""
-    return pixel[:, None] + (c.to(pixel.dtype) * stride_c)[None, :]
+def image_start(ptr, n, batch, strides):
+    """Where image n begins. A tensor of a smaller batch serves a larger one over and over: vmap's."""
+    return ptr + (n % batch) * strides[0]
+
+
+@triton.jit
+def block_offset(pixel, c, strides, INDEX: tl.constexpr):
+    """Element offsets of a [pixels, channels] block within an image, whose strides are (n, c, *x first)."""
+    return offset(pixel, strides[2:], INDEX)[:, None] + (c.to(INDEX) * strides[1])[None, :]
+
+
+@triton.jit
+def load_block(ptr, pixel, c, strides, mask, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
+    """A [pixels, channels] block of an image, 0 where masked."""
+    return tl.load(ptr + block_offset(pixel, c, strides, INDEX), mask=mask, other=0.0).to(COMPUTE)
 
 
 @triton.constexpr_function

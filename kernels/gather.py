@@ -1,9 +1,12 @@
-"""The forward pass: read the input where the transform looks.
+"""The forward pass, and its change along a direction: read the input where the transform looks.
 
-    output[m, c, p] = Σ_q  Π_axis weight(x(p), q) · input[m // maps, c, q],   x = padding(T_m(p))
+    output[m, c, p] = Σ_q  Π_axis weight(x(p), q) · input[n, c, q],   x = padding(T_m(p))
 
-m: map, one per output image; maps: maps per input image; c: channel; p: output pixel; q: input
-pixel, one of the TAPS ** dims that x touches.
+n: image; m: map, one per output image, k the map's number among the `maps` of one image; c: channel;
+p: output pixel; q: input pixel, one of the TAPS ** dims that x touches.
+
+With TANGENT, instead, what the output changes by where the parameters move by parameters_tangent
+and, with INPUT_TANGENT, the input by input_tangent.
 
 One program owns a tile of output pixels of one map and walks over channels: coordinates, weights
 and offsets are computed once. No coordinate is ever stored.
@@ -13,68 +16,103 @@ import triton
 import triton.language as tl
 
 from . import launch, stages, tiling
-from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
-from .interpolation import axis_taps, corner, product
+from .coordinates import block_offset, centred, image_start, lanes, load_block, tile_count, tile_index
+from .interpolation import corner, loops, product, product_jvp, taps_along
+from .padding import pass_padding
 
 
-@triton.jit(do_not_specialize=["maps"])
+@triton.jit(do_not_specialize=launch.COUNTS)
 def gather_kernel(
-    output_ptr, input_ptr, parameters_ptr,
+    output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr,
     output_size, input_size, channels, maps,
-    parameters_stride_n, parameters_stride_k, parameters_strides,
-    output_stride_n, output_stride_c, output_strides,
-    input_stride_n, input_stride_c, input_strides,
-    LOAD: tl.constexpr, TRANSFORM: tl.constexpr,
-    PADDING: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr,
+    input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
+    output_strides, input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
+    LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr,
+    PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
+    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
+    AXES: tl.constexpr = len(BLOCK) - loops(len(BLOCK), TAPS)  # whose taps are all at hand
+    ORDER: tl.constexpr = 1 if TANGENT else 0
     tiles = tile_count(output_size, BLOCK)
     m = (tl.program_id(0) // tiles).to(tl.int64)
+    n = m // maps
+    k = m % maps
     p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
-    parameters_ptr += (m // maps) * parameters_stride_n + (m % maps) * parameters_stride_k
+    u = centred(p, output_size, COMPUTE)
+    parameters = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
     coefficients = LOAD(
-        parameters_ptr, parameters_strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX
+        parameters, parameters_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False
     )
-    x = TRANSFORM(coefficients, centred(p, output_size, COMPUTE))
-    taps = ()
-    for axis in tl.static_range(len(BLOCK)):
-        taps = taps + (axis_taps(x[axis], input_size[axis], PADDING, ALIGN_CORNERS, WEIGHT, WEIGHT_VJP, TAPS, INDEX),)
+    x = TRANSFORM(coefficients, u)
+    t = ()
+    if TANGENT:
+        parameters = image_start(parameters_tangent_ptr, n, parameters_tangent_batch, parameters_tangent_strides)
+        tangents = LOAD(
+            parameters + k * parameters_tangent_strides[1], parameters_tangent_strides[2:],
+            p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
+        )  # fmt: skip
+        t = pass_padding(TRANSFORM_JVP(coefficients, tangents, u), x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
+    taps = taps_along(
+        x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
+        WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,
+    )  # fmt: skip
 
-    input_ptr += (m // maps) * input_stride_n
-    output_ptr += m * output_stride_n
+    input_ptr = image_start(input_ptr, n, input_batch, input_strides)
+    input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
+    output_ptr += m * output_strides[0]
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
     for first in range(start, tl.minimum(start + CHANNELS_PER_PROGRAM, channels), UNROLL * BLOCK_C):
         for block in tl.static_range(UNROLL):
             c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
             in_channels = (c < channels)[None, :]
-            output = 0.0  # [LANES, BLOCK_C]
-            for corner_id in tl.static_range(TAPS ** len(BLOCK)):
-                weights, _, pixel, inside, _ = corner(taps, corner_id, TAPS)
-                value = tl.load(
-                    input_ptr + block_offset(offset(pixel, input_strides, INDEX), c, input_stride_c),
-                    mask=(inside & mask)[:, None] & in_channels,
-                    other=0.0,
-                )
-                output += product(weights)[:, None] * value.to(COMPUTE)
+            output = tl.zeros((lanes(BLOCK), BLOCK_C), COMPUTE)
+            for plane in range(1 if AXES == len(BLOCK) else TAPS):
+                last_taps = taps_along(
+                    x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
+                    WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, INDEX, ORDER,
+                )  # fmt: skip
+                for corner_id in tl.static_range(TAPS**AXES):
+                    weights, slopes, _, pixel, inside, _ = corner(taps + last_taps, corner_id, TAPS, ORDER)
+                    readable = (inside & mask)[:, None] & in_channels
+                    weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
+                    output += weight[:, None] * load_block(
+                        input_ptr, pixel, c, input_strides, readable, INDEX, COMPUTE
+                    )
+                    if INPUT_TANGENT:
+                        output += product(weights)[:, None] * load_block(
+                            input_tangent_ptr, pixel, c, input_tangent_strides, readable, INDEX, COMPUTE
+                        )
             tl.store(
-                output_ptr + block_offset(offset(p, output_strides, INDEX), c, output_stride_c),
+                output_ptr + block_offset(p, c, output_strides, INDEX),
                 output.to(output_ptr.dtype.element_ty),
                 mask=mask[:, None] & in_channels,
             )
 
 
-def gather(output, input, parameters, *, kind, mode, padding_mode, align_corners):
-    """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …)."""
-    taps = stages.INTERPOLATIONS[mode].taps
-    parameters = launch.packed(parameters, stages.TRANSFORMS[kind].dense)
+def gather(
+    output, input, parameters, input_tangent=None, parameters_tangent=None,
+    *, kind, mode, padding_mode, align_corners,
+):  # fmt: skip
+    """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
+
+    With parameters_tangent and, if wanted, input_tangent: fill it with what it changes by.
+    A tensor whose batch is a divisor of M serves over and over.
+    """
+    flags = {"TANGENT": parameters_tangent is not None, "INPUT_TANGENT": input_tangent is not None}
+    dense, taps = stages.TRANSFORMS[kind].dense, stages.INTERPOLATIONS[mode].taps
+    parameters, parameters_tangent = launch.packed(dense, parameters, parameters_tangent)
+    input_tangent = input if input_tangent is None else input_tangent
+    images, motions = (input, input_tangent), (parameters, parameters_tangent)
     tile = tiling.gather_tile(input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps)
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
-        output, input, parameters,
+        output, *images, *motions,
         launch.size(output), launch.size(input), output.shape[1], parameters.shape[1],
-        *launch.parameter_strides(parameters),
-        *launch.strides(output), *launch.strides(input),
-        **stages.gather(kind, mode, padding_mode),
-        ALIGN_CORNERS=align_corners, **launch.constants(input, output, parameters=parameters), **tile.constants(),
+        *launch.batches(*images, *motions),
+        launch.strides(output), *map(launch.strides, images), *map(launch.parameter_strides, motions),
+        **stages.gather(kind, mode, padding_mode), **flags,
+        ALIGN_CORNERS=align_corners, **launch.constants(output, *images, parameters=motions), **tile.constants(),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Interpolation kernels, and the pixels that they touch; below each kernel, its derivative.
 
-``f(x, q)`` is the weight of pixel ``q`` for a sample at ``x`` (both in pixels) and ``f_vjp(x, q)``
-the derivative of that weight with respect to ``x``. Both the gather, which asks from the sample's
-side, and the walk, which asks from the pixel's, evaluate these same two functions.
+``f(x, q)`` is the weight of pixel ``q`` for a sample at ``x`` (both in pixels), ``f_vjp(x, q)`` the
+derivative of that weight with respect to ``x``, its slope, and ``f_curvature(x, q)`` the slope's.
+Both the gather, which asks from the sample's side, and the walk, which asks from the pixel's,
+evaluate these same functions. ORDER says how many derivatives a kernel needs: 0, 1 or 2.
 
 A kernel with ``TAPS`` taps per axis touches the pixels ``first_tap(x) … first_tap(x) + TAPS - 1``.
 """
@@ -22,6 +23,11 @@ def nearest_vjp(x, q):
 
 
 @triton.jit
+def nearest_curvature(x, q):
+    return tl.zeros_like(x)
+
+
+@triton.jit
 def linear(x, q):
     return 1.0 - tl.abs(x - q)
 
@@ -30,6 +36,11 @@ def linear(x, q):
 def linear_vjp(x, q):
     # A sample on a pixel has that pixel as its first tap: the slope to the right of it, as ATen's.
     return tl.where(x < q, 1.0, -1.0).to(x.dtype)
+
+
+@triton.jit
+def linear_curvature(x, q):
+    return tl.zeros_like(x)
 
 
 @triton.jit
@@ -50,6 +61,12 @@ def cubic_vjp(x, q):
 
 
 @triton.jit
+def cubic_curvature(x, q):
+    d = tl.abs(x - q)
+    return tl.where(d <= 1, 7.5 * d - 4.5, -4.5 * d + 7.5)
+
+
+@triton.jit
 def first_tap(x, TAPS: tl.constexpr):
     """The first pixel, as a float, of the TAPS that a sample at x touches."""
     if TAPS == 1:
@@ -66,12 +83,39 @@ def touches(x, q, TAPS: tl.constexpr):
     return (q >= first) & (q <= first + (TAPS - 1))
 
 
+@triton.constexpr_function
+def loops(dims, taps):
+    """Whether the last axis' taps are visited in a loop: 64 corners of a tricubic sample, written
+    out, take a minute to compile and do not fit in the registers.
+    """
+    return int(taps**dims > 16)
+
+
 @triton.jit
-def axis_taps(
-    x, size, PADDING: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
-    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr, INDEX: tl.constexpr,
+def taps_along(
+    x, size, first, PADDING: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr,
+    TAPS: tl.constexpr, COUNT: tl.constexpr, INDEX: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """One axis' taps: for each its weight, slope, pixel index, whether that is in the image, and
+    """Each axis' taps, COUNT of them from the one numbered `first` on, as a tuple over axes."""
+    taps = ()
+    for axis in tl.static_range(len(x)):
+        taps = taps + (
+            _axis_taps(
+                x[axis], size[axis], first, PADDING, ALIGN_CORNERS,
+                WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, COUNT, INDEX, ORDER,
+            ),
+        )  # fmt: skip
+    return taps
+
+
+@triton.jit
+def _axis_taps(
+    x, size, first, PADDING: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr,
+    TAPS: tl.constexpr, COUNT: tl.constexpr, INDEX: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """For each tap its weight and ORDER derivatives, pixel index, whether that is in the image, and
     whether it was before padding.
 
     Padding moves the sample, but for cubic the taps: that is what torch does.
@@ -80,17 +124,21 @@ def axis_taps(
         x = PADDING(x, size, ALIGN_CORNERS)
     else:
         x = _clamp_to_integers(x)
-    first = first_tap(x, TAPS)
+    q0 = first_tap(x, TAPS) + first
     last = tl.cast(size - 1, x.dtype)
     weights = ()
     slopes = ()
+    curvatures = ()
     pixels = ()
     insides = ()
     directs = ()
-    for tap in tl.static_range(TAPS):
-        q = first + tap
+    for tap in tl.static_range(COUNT):
+        q = q0 + tap
         weights = weights + (WEIGHT(x, q),)
-        slopes = slopes + (WEIGHT_VJP(x, q),)
+        if ORDER >= 1:
+            slopes = slopes + (WEIGHT_VJP(x, q),)
+        if ORDER >= 2:
+            curvatures = curvatures + (WEIGHT_CURVATURE(x, q),)
         directs = directs + ((q >= 0) & (q <= last),)
         if TAPS > 2:
             q = PADDING(q, size, ALIGN_CORNERS)
@@ -98,24 +146,30 @@ def axis_taps(
         inside = (q >= 0) & (q <= last)
         pixels = pixels + (tl.where(inside, q, 0.0).to(INDEX),)
         insides = insides + (inside,)
-    return weights, slopes, pixels, insides, directs
+    return weights, slopes, curvatures, pixels, insides, directs
 
 
 @triton.jit
-def corner(taps, corner_id: tl.constexpr, TAPS: tl.constexpr):
-    """One of the TAPS ** dims pixels: weight and slope along each axis, index, if inside, if unfolded."""
+def corner(taps, corner_id: tl.constexpr, TAPS: tl.constexpr, ORDER: tl.constexpr):
+    """One of the TAPS ** dims pixels: along each axis its weight and ORDER derivatives; its index, if
+    inside, if unfolded.
+    """
     weights = ()
     slopes = ()
+    curvatures = ()
     pixel = ()
-    inside = taps[0][3][corner_id % TAPS]
-    direct = taps[0][4][corner_id % TAPS]
+    inside = taps[0][4][corner_id % TAPS]
+    direct = taps[0][5][corner_id % TAPS]
     for axis in tl.static_range(len(taps)):
         weights = weights + (taps[axis][0][corner_id // TAPS**axis % TAPS],)
-        slopes = slopes + (taps[axis][1][corner_id // TAPS**axis % TAPS],)
-        pixel = pixel + (taps[axis][2][corner_id // TAPS**axis % TAPS],)
-        inside = inside & taps[axis][3][corner_id // TAPS**axis % TAPS]
-        direct = direct & taps[axis][4][corner_id // TAPS**axis % TAPS]
-    return weights, slopes, pixel, inside, direct
+        if ORDER >= 1:
+            slopes = slopes + (taps[axis][1][corner_id // TAPS**axis % TAPS],)
+        if ORDER >= 2:
+            curvatures = curvatures + (taps[axis][2][corner_id // TAPS**axis % TAPS],)
+        pixel = pixel + (taps[axis][3][corner_id // TAPS**axis % TAPS],)
+        inside = inside & taps[axis][4][corner_id // TAPS**axis % TAPS]
+        direct = direct & taps[axis][5][corner_id // TAPS**axis % TAPS]
+    return weights, slopes, curvatures, pixel, inside, direct
 
 
 @triton.jit
@@ -132,12 +186,39 @@ def product_vjp(weights, slopes, g):
     """Gradient g of that weight → gradients of the coordinate along each axis."""
     result = ()
     for axis in tl.static_range(len(weights)):
-        slope = g * slopes[axis]
+        result = result + (_product_but(weights, axis, -1, g * slopes[axis]),)
+    return result
+
+
+@triton.jit
+def product_jvp(weights, slopes, t):
+    """Tangents t of the coordinate along each axis → the tangent of that weight."""
+    result = _product_but(weights, 0, -1, t[0] * slopes[0])
+    for axis in tl.static_range(1, len(weights)):
+        result += _product_but(weights, axis, -1, t[axis] * slopes[axis])
+    return result
+
+
+@triton.jit
+def product_vjp_jvp(weights, slopes, curvatures, t, g):
+    """What product_vjp changes by, with g held, where the coordinate moves by t."""
+    result = ()
+    for axis in tl.static_range(len(weights)):
+        change = _product_but(weights, axis, -1, g * curvatures[axis] * t[axis])
         for other in tl.static_range(len(weights)):
             if other != axis:
-                slope = slope * weights[other]
-        result = result + (slope,)
+                change += _product_but(weights, axis, other, g * slopes[axis] * slopes[other] * t[other])
+        result = result + (change,)
     return result
+
+
+@triton.jit
+def _product_but(weights, a: tl.constexpr, b: tl.constexpr, g):
+    """g times the weights along every axis but a and b."""
+    for axis in tl.static_range(len(weights)):
+        if axis != a and axis != b:
+            g = g * weights[axis]
+    return g
 
 
 @triton.jit

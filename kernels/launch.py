@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 
 _INT32_MAX = 2**31 - 1
+_BATCHED = ("input", "input_tangent", "parameters", "parameters_tangent", "grad_output")
 
 
 def size(image):
@@ -14,20 +15,31 @@ def size(image):
 
 
 def strides(image):
-    """(N, C, *size) → stride of n, stride of c, strides of the pixels, x first."""
+    """(N, C, *size) → strides of n, of c and of the pixels, x first."""
     stride = image.stride()
-    return stride[0], stride[1], tuple(reversed(stride[2:]))
+    return stride[0], stride[1], *reversed(stride[2:])
 
 
 def parameter_strides(parameters):
-    """(M, K, *size, d) of a dense map → stride of n, of k, and of the pixels, x first, then components."""
+    """(N, K, *size, d) of a dense map → strides of n, of k, of the pixels, x first, and of the components."""
     stride = parameters.stride()
-    return stride[0], stride[1], (*reversed(stride[2:-1]), stride[-1])
+    return stride[0], stride[1], *reversed(stride[2:-1]), stride[-1]
 
 
-def packed(parameters, dense):
-    """Parameters as the kernels read them: a dense map in place, a few numbers per map next to each other."""
-    return parameters if dense else parameters.contiguous()
+def packed(dense, parameters, tangent):
+    """Parameters and their tangent, the parameters themselves where there is none, as the kernels read
+    them: a dense map in place, a few numbers per map next to each other.
+    """
+    tangent = parameters if tangent is None else tangent
+    return (parameters, tangent) if dense else (parameters.contiguous(), tangent.contiguous())
+
+
+COUNTS = ["maps", *(f"{name}_batch" for name in _BATCHED)]
+"""Arguments that take any value: a compilation for each would serve nobody."""
+
+
+def batches(*tensors):
+    return tuple(t.shape[0] for t in tensors)
 
 
 def count(parameters):
@@ -47,7 +59,7 @@ def compute_dtype(dtype):
 
 def constants(*images, parameters):
     """Compile-time arguments that follow from the tensors; the first image decides the dtype."""
-    far = max(*(_reach(i, 1) for i in images), _reach(parameters, 2))
+    far = max(*(_reach(i, 1) for i in images), *(_reach(p, 2) for p in parameters))
     return {
         "COMPUTE": tl.float64 if images[0].dtype == torch.float64 else tl.float32,
         "INDEX": tl.int64 if far > _INT32_MAX else tl.int32,

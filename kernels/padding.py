@@ -32,13 +32,36 @@ def border(x, size, ALIGN_CORNERS: tl.constexpr):
 
 @triton.jit
 def border_vjp(x, size, ALIGN_CORNERS: tl.constexpr):
-    return tl.where(strictly_inside(x, size), 1.0, 0.0).to(x.dtype)
+    return tl.where(_strictly_inside(x, size), 1.0, 0.0).to(x.dtype)
 
 
 @triton.jit
 def strictly_inside(x, size):
-    """Whether no padding moves x; one on the edge counts as moved, because its slope is."""
+    """Whether no padding moves a sample; one on an edge counts as moved, because its slope is."""
+    inside = _strictly_inside(x[0], size[0])
+    for axis in tl.static_range(1, len(x)):
+        inside &= _strictly_inside(x[axis], size[axis])
+    return inside
+
+
+@triton.jit
+def _strictly_inside(x, size):
     return (x > 0) & (x < tl.cast(size - 1, x.dtype))
+
+
+@triton.jit
+def pass_padding(g, x, size, PADDING_VJP: tl.constexpr, TAPS: tl.constexpr, ALIGN_CORNERS: tl.constexpr):
+    """Tangents or gradients g on one side of the padding that moved x → on the other.
+
+    For cubic it moved the taps, not the sample: they pass as they are.
+    """
+    if TAPS > 2:
+        return g
+    else:
+        result = ()
+        for axis in tl.static_range(len(x)):
+            result = result + (g[axis] * PADDING_VJP(x[axis], size[axis], ALIGN_CORNERS),)
+        return result
 
 
 @triton.jit

@@ -1,65 +1,80 @@
-"""The backward pass from the output's side.
+"""The backward pass from the output's side, and its change along a direction.
 
 One program owns a tile of output pixels of one map. It adds grad_input by atomics, and reduces the
 gradient of the transform's coefficients to one partial sum. It serves what the walk does not:
 
     FOLDED_ONLY  samples that a padding mode folds back into the image, before the walk
-    otherwise    the transform's gradient alone, a pure reduction with NEED_INPUT off
+    otherwise    dense maps; and the transform's gradient alone, a pure reduction with NEED_INPUT off
+
+With TANGENT, instead, what both gradients change by where the parameters move by
+parameters_tangent and, with INPUT_TANGENT, the input by input_tangent: a second derivative.
 
 Atomics are fp32 or fp64, never 16-bit: those become compare-and-swap loops on every architecture.
+With FIXED they are 64-bit integers, multiples of 1 / scale[n]: integer sums do not depend on their order.
 """
 
 import triton
 import triton.language as tl
 
-from . import tuples
-from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
-from .interpolation import axis_taps, corner, product, product_vjp
-from .padding import strictly_inside
+from . import launch, tuples
+from .coordinates import block_offset, centred, image_start, lanes, load_block, tile_count, tile_index
+from .interpolation import corner, loops, product, product_jvp, product_vjp, product_vjp_jvp, taps_along
+from .padding import pass_padding, strictly_inside
 
 
-@triton.jit(do_not_specialize=["maps"])
+@triton.jit(do_not_specialize=launch.COUNTS)
 def scatter_kernel(
-    grad_input_ptr, gradients_ptr, grad_output_ptr, input_ptr, parameters_ptr,
+    grad_input_ptr, scale_ptr, gradients_ptr, grad_output_ptr,
+    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr,
     output_size, input_size, channels, maps,
-    gradients_stride_n, gradients_stride_k, gradients_stride_slot, gradients_strides,
-    parameters_stride_n, parameters_stride_k, parameters_strides,
-    grad_input_stride_n, grad_input_stride_c, grad_input_strides,
-    grad_output_stride_n, grad_output_stride_c, grad_output_strides,
-    input_stride_n, input_stride_c, input_strides,
-    LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
+    grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
+    grad_input_strides, gradients_strides, gradients_stride_slot, grad_output_strides,
+    input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
+    LOAD: tl.constexpr, LOAD_VJP: tl.constexpr,
+    TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
-    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr,
+    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
-    FOLDED_ONLY: tl.constexpr, NEED_INPUT: tl.constexpr, NEED_PARAMETERS: tl.constexpr,
+    FOLDED_ONLY: tl.constexpr, FIXED: tl.constexpr, NEED_INPUT: tl.constexpr, NEED_PARAMETERS: tl.constexpr,
+    TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    LANES: tl.constexpr = lanes(BLOCK)
+    AXES: tl.constexpr = len(BLOCK) - loops(len(BLOCK), TAPS)  # whose taps are all at hand
+    ORDER: tl.constexpr = (1 if NEED_PARAMETERS else 0) + (1 if TANGENT else 0)
     tiles = tile_count(output_size, BLOCK)
     tile = tl.program_id(0) % tiles
     m = (tl.program_id(0) // tiles).to(tl.int64)
     n = m // maps
-    p, mask = tile_index(tile, tl.arange(0, LANES), output_size, BLOCK)
+    k = m % maps
+    p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
+
     u = centred(p, output_size, COMPUTE)
-    parameters_ptr += n * parameters_stride_n + (m % maps) * parameters_stride_k
+    parameters = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
     coefficients = LOAD(
-        parameters_ptr, parameters_strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX
+        parameters, parameters_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False
     )
     x = TRANSFORM(coefficients, u)
-
+    t = ()
+    if TANGENT:
+        parameters = image_start(parameters_tangent_ptr, n, parameters_tangent_batch, parameters_tangent_strides)
+        tangents = LOAD(
+            parameters + k * parameters_tangent_strides[1], parameters_tangent_strides[2:],
+            p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
+        )  # fmt: skip
+        t = pass_padding(TRANSFORM_JVP(coefficients, tangents, u), x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
+    taps = taps_along(
+        x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
+        WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,
+    )  # fmt: skip
     wanted = mask
     if FOLDED_ONLY and TAPS <= 2:
-        inside = mask
-        for axis in tl.static_range(len(BLOCK)):
-            inside &= strictly_inside(x[axis], input_size[axis])
-        wanted &= ~inside
-    taps = ()
-    for axis in tl.static_range(len(BLOCK)):
-        taps = taps + (axis_taps(x[axis], input_size[axis], PADDING, ALIGN_CORNERS, WEIGHT, WEIGHT_VJP, TAPS, INDEX),)
+        wanted &= ~strictly_inside(x, input_size)
 
-    input_ptr += n * input_stride_n
-    grad_output_ptr += m * grad_output_stride_n
-    grad_x = tuples.zeros(len(BLOCK), (LANES,), COMPUTE)
+    input_ptr = image_start(input_ptr, n, input_batch, input_strides)
+    input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
+    grad_output_ptr = image_start(grad_output_ptr, m, grad_output_batch, grad_output_strides)
+    scale = tl.load(scale_ptr + n) if FIXED else 1.0
+    grad_x = tuples.zeros(len(BLOCK), (lanes(BLOCK),), COMPUTE)
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
     stop = tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
     # Most tiles hold no folded sample at all.
@@ -67,44 +82,51 @@ def scatter_kernel(
         for block in tl.static_range(UNROLL):
             c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
             in_channels = (c < channels)[None, :]
-            grad_output = tl.load(
-                grad_output_ptr + block_offset(offset(p, grad_output_strides, INDEX), c, grad_output_stride_c),
-                mask=wanted[:, None] & in_channels,
-                other=0.0,
-            ).to(COMPUTE)  # [LANES, BLOCK_C]
-            for corner_id in tl.static_range(TAPS ** len(BLOCK)):
-                weights, slopes, pixel, inside, direct = corner(taps, corner_id, TAPS)
-                if FOLDED_ONLY and TAPS > 2:  # a cubic sample folds tap by tap
-                    inside &= ~direct
-                corner_mask = (inside & wanted)[:, None] & in_channels
-                if NEED_INPUT:
-                    own = block_offset(offset(pixel, grad_input_strides, INDEX), c, grad_input_stride_c)
-                    tl.atomic_add(
-                        grad_input_ptr + n * grad_input_stride_n + own,
-                        product(weights)[:, None] * grad_output,
-                        mask=corner_mask,
-                        sem="relaxed",
+            grad_output = load_block(
+                grad_output_ptr, p, c, grad_output_strides, wanted[:, None] & in_channels, INDEX, COMPUTE
+            )
+            for plane in range(1 if AXES == len(BLOCK) else TAPS):
+                last_taps = taps_along(
+                    x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
+                    WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, INDEX, ORDER,
+                )  # fmt: skip
+                for corner_id in tl.static_range(TAPS**AXES):
+                    weights, slopes, curvatures, pixel, inside, direct = corner(
+                        taps + last_taps, corner_id, TAPS, ORDER
                     )
-                if NEED_PARAMETERS:
-                    value = tl.load(
-                        input_ptr + block_offset(offset(pixel, input_strides, INDEX), c, input_stride_c),
-                        mask=corner_mask,
-                        other=0.0,
-                    )
-                    dot = tl.sum(value.to(COMPUTE) * grad_output, axis=1)
-                    grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
+                    if FOLDED_ONLY and TAPS > 2:  # a cubic sample folds tap by tap
+                        inside &= ~direct
+                    corner_mask = (inside & wanted)[:, None] & in_channels
+                    if NEED_INPUT:
+                        weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
+                        added = weight[:, None] * grad_output
+                        tl.atomic_add(
+                            grad_input_ptr
+                            + n * grad_input_strides[0]
+                            + block_offset(pixel, c, grad_input_strides, INDEX),
+                            tl.floor(added * scale + 0.5).to(tl.int64) if FIXED else added,
+                            mask=corner_mask,
+                            sem="relaxed",
+                        )
+                    if NEED_PARAMETERS:
+                        value = load_block(input_ptr, pixel, c, input_strides, corner_mask, INDEX, COMPUTE)
+                        dot = tl.sum(value * grad_output, axis=1)
+                        if TANGENT:
+                            grad_x = tuples.add(grad_x, product_vjp_jvp(weights, slopes, curvatures, t, dot))
+                        else:
+                            grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
+                        if INPUT_TANGENT:
+                            value = load_block(
+                                input_tangent_ptr, pixel, c, input_tangent_strides, corner_mask, INDEX, COMPUTE
+                            )
+                            dot = tl.sum(value * grad_output, axis=1)
+                            grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
 
     if NEED_PARAMETERS:
         slot = tile * tl.num_programs(1) + tl.program_id(1)
-        grad_unpadded = ()
-        for axis in tl.static_range(len(BLOCK)):
-            if TAPS <= 2:
-                factor = PADDING_VJP(x[axis], input_size[axis], ALIGN_CORNERS)
-                grad_unpadded = grad_unpadded + (grad_x[axis] * factor,)
-            else:
-                grad_unpadded = grad_unpadded + (grad_x[axis],)
-        gradients = TRANSFORM_VJP(coefficients, u, grad_unpadded)
-        gradients_ptr += n * gradients_stride_n + (m % maps) * gradients_stride_k + slot * gradients_stride_slot
+        grad_x = pass_padding(grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
         LOAD_VJP(
-            gradients_ptr, gradients, gradients_strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX
-        )
+            gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
+            TRANSFORM_VJP(coefficients, u, grad_x),
+            gradients_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+        )  # fmt: skip

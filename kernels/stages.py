@@ -17,6 +17,7 @@ class Transform:
     load: Any
     load_vjp: Any
     map: Any
+    map_jvp: Any
     map_vjp: Any
     rows: Any = None
     columns: Any = None
@@ -31,6 +32,7 @@ class Transform:
 class Interpolation:
     weight: Any
     weight_vjp: Any
+    weight_curvature: Any
     taps: int
 
 
@@ -47,20 +49,27 @@ TRANSFORMS = {
         transforms.affine_load,
         transforms.affine_load_vjp,
         transforms.affine,
+        transforms.affine_jvp,
         transforms.affine_vjp,
         transforms.affine_rows,
         transforms.affine_columns,
     ),
-    "grid": Transform(transforms.grid_load, transforms.grid_load_vjp, transforms.dense, transforms.dense_vjp),
+    "grid": Transform(
+        transforms.grid_load, transforms.grid_load_vjp, transforms.dense, transforms.dense_jvp, transforms.dense_vjp
+    ),
     "displacement": Transform(
-        transforms.displacement_load, transforms.grid_load_vjp, transforms.dense, transforms.dense_vjp
+        transforms.displacement_load,
+        transforms.grid_load_vjp,
+        transforms.dense,
+        transforms.dense_jvp,
+        transforms.dense_vjp,
     ),
 }
 
 INTERPOLATIONS = {
-    "nearest": Interpolation(interpolation.nearest, interpolation.nearest_vjp, taps=1),
-    "bilinear": Interpolation(interpolation.linear, interpolation.linear_vjp, taps=2),
-    "bicubic": Interpolation(interpolation.cubic, interpolation.cubic_vjp, taps=4),
+    "nearest": Interpolation(interpolation.nearest, interpolation.nearest_vjp, interpolation.nearest_curvature, taps=1),
+    "bilinear": Interpolation(interpolation.linear, interpolation.linear_vjp, interpolation.linear_curvature, taps=2),
+    "bicubic": Interpolation(interpolation.cubic, interpolation.cubic_vjp, interpolation.cubic_curvature, taps=4),
 }
 
 PADDINGS = {
@@ -75,19 +84,21 @@ def gather(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     return {
         "LOAD": TRANSFORMS[kind].load,
         "TRANSFORM": TRANSFORMS[kind].map,
+        "TRANSFORM_JVP": TRANSFORMS[kind].map_jvp,
         "PADDING": PADDINGS[padding_mode].pad,
+        "PADDING_VJP": PADDINGS[padding_mode].pad_vjp,
         "WEIGHT": INTERPOLATIONS[mode].weight,
         "WEIGHT_VJP": INTERPOLATIONS[mode].weight_vjp,
+        "WEIGHT_CURVATURE": INTERPOLATIONS[mode].weight_curvature,
         "TAPS": INTERPOLATIONS[mode].taps,
     }
 
 
 def scatter(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
-    """The stages of the scatter kernel: the gather's and their derivatives."""
+    """The stages of the scatter kernel: the gather's and the transform's gradient."""
     return gather(kind, mode, padding_mode) | {
         "LOAD_VJP": TRANSFORMS[kind].load_vjp,
         "TRANSFORM_VJP": TRANSFORMS[kind].map_vjp,
-        "PADDING_VJP": PADDINGS[padding_mode].pad_vjp,
     }
 
 

@@ -1,11 +1,13 @@
 """Where an output pixel looks: the inverse maps, each with its derivative below it.
 
-A transform is five device functions:
+A transform is these device functions:
 
     load(parameters_ptr, …)     parameters → coefficients, with the change from normalised units to
-                                pixels folded in: once per program, or for each pixel of a dense map
+                                pixels folded in: once per program, or for each pixel of a dense map;
+                                with TANGENT, a change of the parameters → that of the coefficients
     load_vjp(gradients_ptr, …)  gradients of the coefficients → gradients of the parameters, stored
     map(coefficients, u)        centred output index u → source pixel coordinate
+    map_jvp(coefficients, t, u) tangents t of the coefficients → tangent of that coordinate
     map_vjp(coefficients, u, g) gradient g of that coordinate → gradients of the coefficients
     rows / columns(…)           the output pixels that can touch a given input pixel
 
@@ -23,7 +25,7 @@ from .coordinates import centred, middle, offset, pixels_per_unit
 @triton.jit
 def affine_load(
     parameters_ptr, strides, p, mask, input_size, output_size,
-    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """theta, (d, d+1) → the same matrix from centred output indices to source pixels."""
     dims: tl.constexpr = len(input_size)
@@ -32,7 +34,7 @@ def affine_load(
         for b in tl.static_range(dims + 1):
             theta = tl.load(parameters_ptr + a * (dims + 1) + b).to(COMPUTE)
             scale = _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-            if b < dims:
+            if b < dims or TANGENT:
                 coefficients = coefficients + (theta * scale,)
             else:
                 coefficients = coefficients + (tl.fma(theta, scale, middle(input_size[a], COMPUTE)),)
@@ -78,6 +80,11 @@ def affine(coefficients, u):
             s = tl.fma(coefficients[a * (dims + 1) + dims - 1 - b], u[dims - 1 - b], s)
         x = x + (s,)
     return x
+
+
+@triton.jit
+def affine_jvp(coefficients, t, u):
+    return affine(t, u)
 
 
 @triton.jit
@@ -194,14 +201,17 @@ def _clamp_interval(first, last, size):
 @triton.jit
 def grid_load(
     parameters_ptr, strides, p, mask, input_size, output_size,
-    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """An explicit grid, (*size, d), normalised → each lane's source pixel."""
     x = ()
     for axis in tl.static_range(len(p)):
         value = _load_component(parameters_ptr, strides, p, mask, axis, COMPUTE, INDEX)
         per_unit = pixels_per_unit(input_size[axis], ALIGN_CORNERS, COMPUTE)
-        x = x + (tl.fma(value, per_unit, middle(input_size[axis], COMPUTE)),)
+        if TANGENT:
+            x = x + (value * per_unit,)
+        else:
+            x = x + (tl.fma(value, per_unit, middle(input_size[axis], COMPUTE)),)
     return x
 
 
@@ -219,18 +229,20 @@ def grid_load_vjp(
 @triton.jit
 def displacement_load(
     parameters_ptr, strides, p, mask, input_size, output_size,
-    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The identity and a field, (*size, d), normalised → each lane's source pixel.
 
     The identity is added here, in fp32: a 16-bit field loses nothing of it.
     """
-    field = grid_load(parameters_ptr, strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX)
-    u = centred(p, output_size, COMPUTE)
-    x = ()
-    for axis in tl.static_range(len(p)):
-        scale = _affine_scale(input_size, output_size, axis, axis, ALIGN_CORNERS, COMPUTE)
-        x = x + (tl.fma(u[axis], scale, field[axis]),)
+    x = grid_load(parameters_ptr, strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
+    if not TANGENT:
+        field = x
+        u = centred(p, output_size, COMPUTE)
+        x = ()
+        for axis in tl.static_range(len(p)):
+            scale = _affine_scale(input_size, output_size, axis, axis, ALIGN_CORNERS, COMPUTE)
+            x = x + (tl.fma(u[axis], scale, field[axis]),)
     return x
 
 
@@ -238,6 +250,11 @@ def displacement_load(
 def dense(coefficients, u):
     """The coefficients of a dense map are each lane's source pixel already."""
     return coefficients
+
+
+@triton.jit
+def dense_jvp(coefficients, t, u):
+    return t
 
 
 @triton.jit

@@ -26,3 +26,11 @@ def zeros(LENGTH: tl.constexpr, SHAPE: tl.constexpr, dtype: tl.constexpr):
     for _ in tl.static_range(LENGTH):
         result = result + (tl.zeros(SHAPE, dtype),)
     return result
+
+
+@triton.jit
+def where(condition, x, y):
+    result = ()
+    for i in tl.static_range(len(x)):
+        result = result + (tl.where(condition, x[i], y[i]),)
+    return result

@@ -1,4 +1,5 @@
-"""The backward pass from the input's side: one pass, no atomics, the same bits every run.
+"""The backward pass from the input's side, and its change along a direction: one pass, no atomics,
+the same bits every run.
 
     grad_input[q]     = Σ_p  weight(x(p), q) · grad_output[p]
     grad_coefficients = Σ_q Σ_p  x_vjp(p) · weight_vjp(x(p), q) · ⟨grad_output[p], input[q]⟩_channels
@@ -15,6 +16,9 @@ much that the candidates span more rows than the tile has lanes, few pixels own 
 there all lanes take turns at one pixel after another and share out its rows. The device chooses,
 per map and tile.
 
+With TANGENT, instead, what both gradients change by where the parameters move by
+parameters_tangent and, with INPUT_TANGENT, the input by input_tangent: a second derivative.
+
 Under a padding mode that folds, the walk takes the samples strictly inside the image; the others
 have been scattered into grad_input before, and the walk starts from what lies there.
 """
@@ -22,26 +26,27 @@ have been scattered into grad_input before, and the walk starts from what lies t
 import triton
 import triton.language as tl
 
-from . import tuples
-from .coordinates import block_offset, centred, lanes, offset, tile_count, tile_index
-from .interpolation import product, product_vjp, touches
+from . import launch, tuples
+from .coordinates import block_offset, centred, image_start, lanes, load_block, tile_count, tile_index
+from .interpolation import product, product_jvp, product_vjp, product_vjp_jvp, touches
 from .padding import strictly_inside
 
 
-@triton.jit(do_not_specialize=["maps"])
+@triton.jit(do_not_specialize=launch.COUNTS)
 def walk_kernel(
-    grad_input_ptr, gradients_ptr, grad_output_ptr, input_ptr, scattered_ptr, parameters_ptr,
+    grad_input_ptr, scattered_ptr, gradients_ptr, grad_output_ptr,
+    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr,
     output_size, input_size, channels, maps,
-    gradients_stride_n, gradients_stride_k, gradients_stride_slot,
-    parameters_stride_n, parameters_stride_k,
-    grad_input_stride_n, grad_input_stride_c, grad_input_strides,
-    grad_output_stride_n, grad_output_stride_c, grad_output_strides,
-    input_stride_n, input_stride_c, input_strides,
-    LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
+    grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
+    grad_input_strides, gradients_strides, gradients_stride_slot, grad_output_strides,
+    input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
+    LOAD: tl.constexpr, LOAD_VJP: tl.constexpr,
+    TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, TAPS: tl.constexpr, FOLDS: tl.constexpr,
+    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
+    FOLDS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
-    NEED_PARAMETERS: tl.constexpr,
+    NEED_PARAMETERS: tl.constexpr, TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(CHANNELS_PER_PROGRAM == UNROLL * BLOCK_C, "a walk holds its channels in registers")
@@ -53,21 +58,31 @@ def walk_kernel(
     n = (tl.program_id(0) // tiles).to(tl.int64)
     q, mask = tile_index(tile, lane, input_size, BLOCK)
 
-    input_ptr += n * input_stride_n
-    grad_input_ptr += n * grad_input_stride_n
+    input_ptr = image_start(input_ptr, n, input_batch, input_strides)
+    input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
+    parameters_ptr = image_start(parameters_ptr, n, parameters_batch, parameters_strides)
+    parameters_tangent_ptr = image_start(
+        parameters_tangent_ptr, n, parameters_tangent_batch, parameters_tangent_strides
+    )
+    grad_input_ptr += n * grad_input_strides[0]
     grad_input = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
     if FOLDS:
-        scattered = scattered_ptr + n * grad_input_stride_n
-        pixel_offset = offset(q, grad_input_strides, INDEX)
-        grad_input = _load_channels(
-            scattered, pixel_offset, grad_input_stride_c, mask, channels, BLOCK_C, UNROLL, COMPUTE
-        )
+        scattered_ptr += n * grad_input_strides[0]
+        grad_input = _load_channels(scattered_ptr, q, grad_input_strides, mask, channels, BLOCK_C, UNROLL, INDEX, COMPUTE)
 
     for k in range(maps):
-        m = n * maps + k
-        parameters = parameters_ptr + n * parameters_stride_n + k * parameters_stride_k
-        coefficients = LOAD(parameters, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX)
+        coefficients = LOAD(
+            parameters_ptr + k * parameters_strides[1],
+            None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
+        )  # fmt: skip
+        tangents = ()
+        if TANGENT:
+            tangents = LOAD(
+                parameters_tangent_ptr + k * parameters_tangent_strides[1],
+                None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
+            )  # fmt: skip
         gradients = tuples.zeros(len(coefficients), (LANES,), COMPUTE)
+        grad_output_map = image_start(grad_output_ptr, n * maps + k, grad_output_batch, grad_output_strides)
 
         first_row, last_row = ROWS(coefficients, tuples.to(q, COMPUTE), input_size, output_size, RADIUS)
         tile_rows, _ = _count_rows(first_row, last_row, mask)
@@ -79,11 +94,16 @@ def walk_kernel(
             first_row, last_row = ROWS(coefficients, position, input_size, output_size, RADIUS)
             rows, shape = _count_rows(first_row, last_row, pixel_mask)
             values = ()
+            value_tangents = ()
             if NEED_PARAMETERS:
-                pixel_offset = offset(pixel, input_strides, INDEX)
                 values = _load_channels(
-                    input_ptr, pixel_offset, input_stride_c, pixel_mask, channels, BLOCK_C, UNROLL, COMPUTE
+                    input_ptr, pixel, input_strides, pixel_mask, channels, BLOCK_C, UNROLL, INDEX, COMPUTE
                 )
+            if NEED_PARAMETERS and INPUT_TANGENT:
+                value_tangents = _load_channels(
+                    input_tangent_ptr, pixel, input_tangent_strides, pixel_mask, channels,
+                    BLOCK_C, UNROLL, INDEX, COMPUTE,
+                )  # fmt: skip
             collected = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
             for r in range(0, rows, tl.where(wide, LANES, 1)):
                 row, in_row = _unravel_row(tl.where(wide, r + lane, r), first_row, last_row, shape)
@@ -97,19 +117,33 @@ def walk_kernel(
                     hit = in_row & (column <= last)
                     for axis in tl.static_range(len(BLOCK)):
                         hit &= touches(x[axis], position[axis], TAPS)
-                        if FOLDS and TAPS <= 2:
-                            hit &= strictly_inside(x[axis], input_size[axis])
+                    if FOLDS and TAPS <= 2:
+                        hit &= strictly_inside(x, input_size)
                     grad_output = _load_channels(
-                        grad_output_ptr + m * grad_output_stride_n,
-                        offset((column,) + row, grad_output_strides, INDEX),
-                        grad_output_stride_c, hit, channels, BLOCK_C, UNROLL, COMPUTE,
+                        grad_output_map, (column,) + row, grad_output_strides, hit, channels,
+                        BLOCK_C, UNROLL, INDEX, COMPUTE,
                     )  # fmt: skip
-                    weights, slopes = _weigh(x, position, hit, WEIGHT, WEIGHT_VJP)
-                    collected = _add_scaled(collected, product(weights), grad_output)
+                    # A candidate that is no hit gets numbers that are finite, and grad_output's 0.
+                    x = tuples.where(hit, x, position)
+                    weights, slopes = _along(x, position, WEIGHT), _along(x, position, WEIGHT_VJP)
+                    curvatures = ()
+                    t = ()
+                    weight = product(weights)
+                    if TANGENT:
+                        curvatures = _along(x, position, WEIGHT_CURVATURE)
+                        t = tuples.where(hit, TRANSFORM_JVP(coefficients, tangents, u), tuples.zeros(len(BLOCK), (LANES,), COMPUTE))
+                        weight = product_jvp(weights, slopes, t)
+                    collected = _add_scaled(collected, weight, grad_output)
                     if NEED_PARAMETERS:
                         # A pixel that was not read may hold infinity, and grad_output's 0 would not hide it.
                         dot = tl.where(hit, _dot(grad_output, values), 0.0)
-                        grad_x = product_vjp(weights, slopes, dot)
+                        if TANGENT:
+                            grad_x = product_vjp_jvp(weights, slopes, curvatures, t, dot)
+                        else:
+                            grad_x = product_vjp(weights, slopes, dot)
+                        if INPUT_TANGENT:
+                            dot = tl.where(hit, _dot(grad_output, value_tangents), 0.0)
+                            grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
                         gradients = tuples.add(gradients, TRANSFORM_VJP(coefficients, u, grad_x))
             if wide:
                 collected = _hand_over(collected, lane == turn)
@@ -117,14 +151,15 @@ def walk_kernel(
 
         if NEED_PARAMETERS:
             slot = tile * tl.num_programs(1) + tl.program_id(1)
-            at = gradients_ptr + n * gradients_stride_n + k * gradients_stride_k + slot * gradients_stride_slot
-            LOAD_VJP(at, gradients, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX)
+            LOAD_VJP(
+                gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
+                gradients, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+            )  # fmt: skip
 
-    pixel_offset = offset(q, grad_input_strides, INDEX)
     for block in tl.static_range(UNROLL):
         c = _channels(block, BLOCK_C, UNROLL)
         tl.store(
-            grad_input_ptr + block_offset(pixel_offset, c, grad_input_stride_c),
+            grad_input_ptr + block_offset(q, c, grad_input_strides, INDEX),
             grad_input[block].to(grad_input_ptr.dtype.element_ty),
             mask=mask[:, None] & (c < channels)[None, :],
         )
@@ -138,14 +173,15 @@ def _channels(block: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def _load_channels(
-    ptr, pixel, stride_c, mask, channels, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, COMPUTE: tl.constexpr
-):
+    ptr, pixel, strides, mask, channels,
+    BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
     """The program's channels of some pixels: UNROLL blocks [LANES, BLOCK_C], 0 where masked."""
     blocks = ()
     for block in tl.static_range(UNROLL):
         c = _channels(block, BLOCK_C, UNROLL)
-        value = tl.load(ptr + block_offset(pixel, c, stride_c), mask=mask[:, None] & (c < channels)[None, :], other=0.0)
-        blocks = blocks + (value.to(COMPUTE),)
+        in_block = mask[:, None] & (c < channels)[None, :]
+        blocks = blocks + (load_block(ptr, pixel, c, strides, in_block, INDEX, COMPUTE),)
     return blocks
 
 
@@ -202,12 +238,9 @@ def _unravel_row(r, first, last, shape):
 
 
 @triton.jit
-def _weigh(x, q, hit, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr):
-    """Pixel q's weight and slope along each axis for a sample at x; something finite where no hit."""
-    weights = ()
-    slopes = ()
+def _along(x, q, FUNCTION: tl.constexpr):
+    """A weight or one of its derivatives along each axis."""
+    result = ()
     for axis in tl.static_range(len(x)):
-        at = tl.where(hit, x[axis], q[axis])
-        weights = weights + (WEIGHT(at, q[axis]),)
-        slopes = slopes + (WEIGHT_VJP(at, q[axis]),)
-    return weights, slopes
+        result = result + (FUNCTION(x[axis], q[axis]),)
+    return result

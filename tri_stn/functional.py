@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import autograd
 from .transforms import Grid, Transform
 
 MODES = ("bilinear", "nearest", "bicubic")
@@ -100,7 +100,7 @@ def warp(
     if parameters.device != input.device:
         raise ValueError(f"input and transform must be on the same device; got {input.device} and {parameters.device}.")
     parameters, batch = _match_batch(input, parameters, transform.batch)
-    output = ops.warp(input, parameters, transform.kind, size, mode, padding_mode, align_corners)
+    output = autograd.warp(input, parameters, size, transform.kind, mode, padding_mode, align_corners)
     return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
 
 

@@ -1,14 +1,17 @@
-"""The sampler as PyTorch operators: registration, shapes for tracing, gradients, and the backend.
+"""The sampler as PyTorch operators: registration, shapes for tracing, and the backend.
 
-Three layers, because no single one serves everybody:
+- Raw operators ``tri_stn::warp_forward`` and ``tri_stn::warp_backward``, with no gradient of their
+  own: what picks the backend. `autograd` puts the derivatives around them for eager code.
+- ``tri_stn::warp`` and ``tri_stn::splat``, the same with a registered gradient, for `torch.compile`
+  and `torch.export`, which keep them as one node of the graph.
 
-- raw operators ``tri_stn::warp_forward`` and ``tri_stn::warp_backward``, with no gradient of their
-  own: what a graph holds and what picks the backend;
-- `torch.autograd.Function`s around them, for eager code: the shortest road;
-- ``tri_stn::warp`` with a registered gradient, for `torch.compile` and `torch.export`.
+A transform crosses this border as its kind (a string) and one tensor of parameters (M, K, …): K
+maps for each of the M images. Shapes: input (M, C, *input_size), output (M * K, C, *size). A tensor
+whose batch is a divisor of M serves over and over, which is how `torch.vmap` leaves in place what
+it does not map over.
 
-A transform crosses this border as its kind (a string) and one tensor of parameters (M, K, …):
-K maps for each of the M images.
+Both raw operators also compute what their results change by where the parameters move by
+``parameters_tangent`` and, if given, the input by ``input_tangent``.
 """
 
 from __future__ import annotations
@@ -24,130 +27,154 @@ from torch import Tensor
 
 from . import reference
 
-_OPTIONS = "str kind, SymInt[] size, str mode, str padding_mode, bool align_corners"
+_OPTIONS = "str kind, str mode, str padding_mode, bool align_corners"
+_TANGENTS = "Tensor? input_tangent, Tensor? parameters_tangent"
 
 _library = torch.library.Library("tri_stn", "DEF")
-_library.define(f"warp_forward(Tensor input, Tensor parameters, {_OPTIONS}) -> Tensor")
+_library.define(f"warp_forward(Tensor input, Tensor parameters, {_TANGENTS}, SymInt[] size, {_OPTIONS}) -> Tensor")
 _library.define(
-    "warp_backward(Tensor grad_output, Tensor? input, Tensor parameters, SymInt[] input_shape, bool channels_last,"
-    " str kind, str mode, str padding_mode, bool align_corners, bool need_input, bool need_parameters)"
-    " -> (Tensor, Tensor)"
+    f"warp_backward(Tensor grad_output, Tensor? input, Tensor parameters, {_TANGENTS}, SymInt[] input_size,"
+    f" bool channels_last, bool need_input, bool need_parameters, {_OPTIONS}) -> (Tensor, Tensor)"
 )
-_library.define(f"warp(Tensor input, Tensor parameters, {_OPTIONS}) -> Tensor")
-
-
-def warp(
-    input: Tensor, parameters: Tensor, kind: str, size: Sequence[int],
-    mode: str, padding_mode: str, align_corners: bool,
-) -> Tensor:  # fmt: skip
-    """Input (M, C, *input_size) read through parameters (M, K, …) → (M * K, C, *size)."""
-    args = (input, parameters, kind, size, mode, padding_mode, align_corners)
-    if torch.compiler.is_compiling():
-        return torch.ops.tri_stn.warp(*args)
-    return _Warp.apply(*args)
+_library.define(f"warp(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
+_library.define(f"splat(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
 
 
 # --- raw operators ---------------------------------------------------------------------------------
 
 
-def _allocate_output(input: Tensor, parameters: Tensor, size: Sequence[int]) -> Tensor:
-    shape = (parameters.shape[0] * parameters.shape[1], input.shape[1], *size)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+def _allocate_output(
+    input: Tensor, parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
+    size: Sequence[int], *_: Any,
+) -> Tensor:  # fmt: skip
+    batch = max(t.shape[0] for t in (input, parameters, input_tangent, parameters_tangent) if t is not None)
+    shape = (batch * parameters.shape[1], input.shape[1], *size)
+    layout = _CHANNELS_LAST[input.dim()] if is_channels_last(input) else torch.contiguous_format
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
 def _warp_forward(
-    input: Tensor, parameters: Tensor, kind: str, size: Sequence[int],
-    mode: str, padding_mode: str, align_corners: bool,
+    input: Tensor, parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
+    size: Sequence[int], kind: str, mode: str, padding_mode: str, align_corners: bool,
 ) -> Tensor:  # fmt: skip
-    output = _allocate_output(input, parameters, size)
+    output = _allocate_output(input, parameters, input_tangent, parameters_tangent, size)
     if output.numel():
         with torch.cuda.device_of(input):  # where Triton launches; for CPU tensors it does nothing
             _backend(input).gather(
-                output, input, parameters, kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners
-            )
+                output, input, parameters, input_tangent, parameters_tangent,
+                kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners,
+            )  # fmt: skip
     return output
 
 
-def _warp_forward_fake(input: Tensor, parameters: Tensor, kind: str, size: Sequence[int], *_: Any) -> Tensor:
-    return _allocate_output(input, parameters, size)
-
-
 def _allocate_gradients(
-    grad_output: Tensor, parameters: Tensor, input_shape: Sequence[int], channels_last: bool,
-    need_input: bool, need_parameters: bool,
+    grad_output: Tensor, input: Tensor | None, parameters: Tensor,
+    input_tangent: Tensor | None, parameters_tangent: Tensor | None, input_size: Sequence[int],
+    channels_last: bool, need_input: bool, need_parameters: bool, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the backward fills; an empty tensor stands for a gradient that nobody asked for."""
-    layout = _CHANNELS_LAST[len(input_shape)] if need_input and channels_last else torch.contiguous_format
-    grad_input = torch.empty(
-        input_shape if need_input else (0,), dtype=grad_output.dtype, device=grad_output.device, memory_format=layout
-    )
-    grad_parameters = torch.empty_like(parameters) if need_parameters else parameters.new_empty((0,))
-    return grad_input, grad_parameters
+    tensors = (input, parameters, input_tangent, parameters_tangent)
+    batch = max(t.shape[0] for t in tensors if t is not None)
+    if parameters.shape[1]:
+        batch = max(batch, grad_output.shape[0] // parameters.shape[1])
+    layout = _CHANNELS_LAST[grad_output.dim()] if need_input and channels_last else torch.contiguous_format
+    shape = (batch, grad_output.shape[1], *input_size) if need_input else (0,)
+    grad_input = torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
+    return grad_input, parameters.new_empty((batch, *parameters.shape[1:]) if need_parameters else (0,))
 
 
 def _warp_backward(
-    grad_output: Tensor, input: Tensor | None, parameters: Tensor, input_shape: Sequence[int], channels_last: bool,
-    kind: str, mode: str, padding_mode: str, align_corners: bool, need_input: bool, need_parameters: bool,
+    grad_output: Tensor, input: Tensor | None, parameters: Tensor,
+    input_tangent: Tensor | None, parameters_tangent: Tensor | None, input_size: Sequence[int],
+    channels_last: bool, need_input: bool, need_parameters: bool,
+    kind: str, mode: str, padding_mode: str, align_corners: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    gradients = _allocate_gradients(grad_output, parameters, input_shape, channels_last, need_input, need_parameters)
+    gradients = _allocate_gradients(
+        grad_output, input, parameters, input_tangent, parameters_tangent,
+        input_size, channels_last, need_input, need_parameters,
+    )  # fmt: skip
     if not grad_output.numel():
         return gradients[0].zero_(), gradients[1].zero_()
     grad_input, grad_parameters = gradients[0] if need_input else None, gradients[1] if need_parameters else None
     with torch.cuda.device_of(grad_output):
         _backend(grad_output).adjoint(
-            grad_input, grad_parameters, grad_output, input, parameters,
+            grad_input, grad_parameters, grad_output, input, parameters, input_tangent, parameters_tangent,
             kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
     return gradients
 
 
-def _warp_backward_fake(
-    grad_output: Tensor, input: Tensor | None, parameters: Tensor, input_shape: Sequence[int], channels_last: bool,
-    kind: str, mode: str, padding_mode: str, align_corners: bool, need_input: bool, need_parameters: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _allocate_gradients(grad_output, parameters, input_shape, channels_last, need_input, need_parameters)
+# --- with a gradient, for graphs -------------------------------------------------------------------
+
+
+def _warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+    return torch.ops.tri_stn.warp_forward(input, parameters, None, None, size, *options)
+
+
+def _warp_fake(input: Tensor, parameters: Tensor, size: Sequence[int], *_: Any) -> Tensor:
+    return _allocate_output(input, parameters, None, None, size)
+
+
+def _warp_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    input, parameters, _, *ctx.options = inputs
+    # The warp is linear in the image: only the transform's gradient has to see it again.
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, parameters)
+    ctx.input_size, ctx.channels_last = input.shape[2:], is_channels_last(input)
+
+
+def _warp_vjp(ctx: Any, grad_output: Tensor) -> tuple:
+    input, parameters = ctx.saved_tensors
+    gradients = torch.ops.tri_stn.warp_backward(
+        grad_output, input, parameters, None, None, ctx.input_size, ctx.channels_last, *ctx.needs_input_grad[:2],
+        *ctx.options,
+    )  # fmt: skip
+    return *wanted(gradients, ctx.needs_input_grad), *(None,) * 5
+
+
+def _splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+    flags = is_channels_last(input), True, False
+    return torch.ops.tri_stn.warp_backward(input, None, parameters, None, None, size, *flags, *options)[0]
+
+
+def _splat_fake(input: Tensor, parameters: Tensor, size: Sequence[int], *_: Any) -> Tensor:
+    return _allocate_gradients(input, None, parameters, None, None, size, is_channels_last(input), True, False)[0]
+
+
+def _splat_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    input, parameters, _, *ctx.options = inputs
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, parameters)
+    ctx.input_size = input.shape[2:]
+
+
+def _splat_vjp(ctx: Any, grad: Tensor) -> tuple:
+    input, parameters = ctx.saved_tensors
+    grad_input, grad_parameters = None, None
+    if ctx.needs_input_grad[0]:
+        grad_input = torch.ops.tri_stn.warp_forward(grad, parameters, None, None, ctx.input_size, *ctx.options)
+    if ctx.needs_input_grad[1]:
+        flags = False, False, True
+        _, grad_parameters = torch.ops.tri_stn.warp_backward(
+            input, grad, parameters, None, None, grad.shape[2:], *flags, *ctx.options
+        )
+    return grad_input, grad_parameters, *(None,) * 5
+
+
+def wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients that were asked for, None for the others."""
+    return tuple(g if need else None for g, need in zip(gradients, needed, strict=False))
 
 
 for _name, _implementation, _fake in (
-    ("warp_forward", _warp_forward, _warp_forward_fake),
-    ("warp_backward", _warp_backward, _warp_backward_fake),
-    ("warp", _warp_forward, _warp_forward_fake),
+    ("warp_forward", _warp_forward, _allocate_output),
+    ("warp_backward", _warp_backward, _allocate_gradients),
+    ("warp", _warp, _warp_fake),
+    ("splat", _splat, _splat_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tri_stn::{_name}", _fake, lib=_library)
-
-
-# --- gradients -------------------------------------------------------------------------------------
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, parameters, ctx.kind, _, *ctx.options = inputs
-    ctx.need_input, ctx.need_parameters = ctx.needs_input_grad[:2]
-    # The warp is linear in the image: only the transform's gradient has to see it again.
-    ctx.save_for_backward(input if ctx.need_parameters else None, parameters)
-    ctx.input_shape, ctx.channels_last = input.shape, _memory_format(input) != torch.contiguous_format
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple:
-    input, parameters = ctx.saved_tensors
-    grad_input, grad_parameters = torch.ops.tri_stn.warp_backward(
-        grad_output, input, parameters, ctx.input_shape, ctx.channels_last,
-        ctx.kind, *ctx.options, ctx.need_input, ctx.need_parameters,
-    )  # fmt: skip
-    nothing = (None,) * 5
-    return grad_input if ctx.need_input else None, grad_parameters if ctx.need_parameters else None, *nothing
-
-
-class _Warp(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return torch.ops.tri_stn.warp_forward(*args)
-
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_backward))  # type: ignore[assignment]
-
-
-torch.library.register_autograd("tri_stn::warp", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("tri_stn::warp", _warp_vjp, setup_context=_warp_setup, lib=_library)
+torch.library.register_autograd("tri_stn::splat", _splat_vjp, setup_context=_splat_setup, lib=_library)
 
 
 # --- layout and backend ------------------------------------------------------------------------------
@@ -155,11 +182,9 @@ torch.library.register_autograd("tri_stn::warp", _backward, setup_context=_setup
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def _memory_format(image: Tensor) -> torch.memory_format:
-    """channels_last if that is how the image lies in memory: kept in the output and its gradient."""
-    if image.dim() in _CHANNELS_LAST and image.shape[1] > 1 and image.stride(1) == 1 and not image.is_contiguous():
-        return _CHANNELS_LAST[image.dim()]
-    return torch.contiguous_format
+def is_channels_last(image: Tensor) -> bool:
+    """Whether channels lie next to each other in memory: kept in the output and its gradient."""
+    return image.dim() in _CHANNELS_LAST and image.shape[1] > 1 and image.stride(1) == 1 and not image.is_contiguous()
 
 
 def _backend(image: Tensor) -> ModuleType:

@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +28,16 @@ CHUNK_ELEMENTS = 2**19
 
 @dataclass(frozen=True)
 class Transform:
-    """`load` folds the change of units into the parameters; `map` sends a chunk of output pixels to
-    source pixels. `map_vjp` and `load_vjp` take gradients the same way back.
+    """`load` folds the change of units into the parameters, `load_jvp` into a change of them; `map`
+    sends a chunk of output pixels to source pixels and `map_jvp` tangents of the coefficients to
+    theirs. `map_vjp` and `load_vjp` take gradients the same way back.
     """
 
     load: Callable[..., Tensor]
+    load_jvp: Callable[..., Tensor]
     load_vjp: Callable[..., Tensor]
     map: Callable[[Tensor, _Pixels], list[Tensor]]
+    map_jvp: Callable[[Tensor, Tensor, _Pixels], list[Tensor]]
     map_vjp: Callable[[Tensor, _Pixels, list[Tensor]], None]
     """Adds to, or fills its part of, the gradient of the coefficients."""
 
@@ -59,8 +63,11 @@ def affine_load(theta: Tensor, input_size: Sequence[int], size: Sequence[int], a
     return torch.cat([theta[..., :-1] * scale[:, :-1], theta[..., -1:] * scale[:, -1:] + middle], -1)
 
 
-def affine_load_vjp(grad: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
-    return grad * _affine_scale(grad, input_size, size, align_corners)[0]
+def affine_load_jvp(tangent: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
+    return tangent * _affine_scale(tangent, input_size, size, align_corners)[0]
+
+
+affine_load_vjp = affine_load_jvp  # a factor for each entry: its own transpose
 
 
 def affine(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
@@ -74,6 +81,10 @@ def affine(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
             s = torch.addcmul(s, row[..., other, :], pixels.u[other])
         x.append(s)
     return x
+
+
+def affine_jvp(coefficients: Tensor, tangents: Tensor, pixels: _Pixels) -> list[Tensor]:
+    return affine(tangents, pixels)
 
 
 def affine_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
@@ -107,12 +118,13 @@ def dense_load_vjp(grad: Tensor, input_size: Sequence[int], size: Sequence[int],
 
 def grid(field: Tensor, pixels: _Pixels) -> list[Tensor]:
     """An explicit grid, (M, K, *size, d), normalised → source pixel coordinates, d × (M, K, P)."""
-    index: tuple[Tensor | slice, ...] = (slice(None), slice(None), *reversed(pixels.index))
-    values = field[index].to(pixels.u[0].dtype)
-    x = []
-    for axis, n in enumerate(pixels.input_size):
-        x.append((n - 1) / 2 + values[..., axis] * _pixels_per_unit(n, pixels.align_corners))
-    return x
+    scaled = grid_jvp(field, field, pixels)
+    return [x + (n - 1) / 2 for x, n in zip(scaled, pixels.input_size, strict=True)]
+
+
+def grid_jvp(field: Tensor, tangents: Tensor, pixels: _Pixels) -> list[Tensor]:
+    values = _read_field(tangents, pixels)
+    return [values[..., a] * _pixels_per_unit(n, pixels.align_corners) for a, n in enumerate(pixels.input_size)]
 
 
 def grid_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
@@ -125,10 +137,16 @@ def displacement(field: Tensor, pixels: _Pixels) -> list[Tensor]:
     return [x + u * scale[a, a] for a, (x, u) in enumerate(zip(grid(field, pixels), pixels.u, strict=True))]
 
 
+def _read_field(field: Tensor, pixels: _Pixels) -> Tensor:
+    """A dense map's numbers for a chunk of output pixels, (M, K, P, d)."""
+    index: tuple[Tensor | slice, ...] = (slice(None), slice(None), *reversed(pixels.index))
+    return field[index].to(pixels.u[0].dtype)
+
+
 TRANSFORMS = {
-    "affine": Transform(affine_load, affine_load_vjp, affine, affine_vjp),
-    "grid": Transform(dense_load, dense_load_vjp, grid, grid_vjp),
-    "displacement": Transform(dense_load, dense_load_vjp, displacement, grid_vjp),
+    "affine": Transform(affine_load, affine_load_jvp, affine_load_vjp, affine, affine_jvp, affine_vjp),
+    "grid": Transform(dense_load, dense_load, dense_load_vjp, grid, grid_jvp, grid_vjp),
+    "displacement": Transform(dense_load, dense_load, dense_load_vjp, displacement, grid_jvp, grid_vjp),
 }
 
 
@@ -176,6 +194,11 @@ class Interpolation:
     taps: int
     weight: Callable[[Tensor, Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
+    curvature: Callable[[Tensor, Tensor], Tensor]
+
+
+def _flat(x: Tensor, q: Tensor) -> Tensor:
+    return torch.zeros_like(x)
 
 
 def _linear_slope(x: Tensor, q: Tensor) -> Tensor:
@@ -198,10 +221,15 @@ def _cubic_slope(x: Tensor, q: Tensor) -> Tensor:
     return torch.where(x < q, -1.0, 1.0).to(x.dtype) * torch.where(d <= 1, near, far)
 
 
+def _cubic_curvature(x: Tensor, q: Tensor) -> Tensor:
+    d = (x - q).abs()
+    return torch.where(d <= 1, 7.5 * d - 4.5, -4.5 * d + 7.5)
+
+
 INTERPOLATIONS = {
-    "nearest": Interpolation(torch.round, 1, lambda x, q: torch.ones_like(x), lambda x, q: torch.zeros_like(x)),
-    "bilinear": Interpolation(torch.floor, 2, lambda x, q: 1 - (x - q).abs(), _linear_slope),
-    "bicubic": Interpolation(lambda x: x.floor() - 1, 4, _cubic, _cubic_slope),
+    "nearest": Interpolation(torch.round, 1, lambda x, q: torch.ones_like(x), _flat, _flat),
+    "bilinear": Interpolation(torch.floor, 2, lambda x, q: 1 - (x - q).abs(), _linear_slope, _flat),
+    "bicubic": Interpolation(lambda x: x.floor() - 1, 4, _cubic, _cubic_slope, _cubic_curvature),
 }
 
 
@@ -209,23 +237,53 @@ INTERPOLATIONS = {
 
 
 def gather(
-    output: Tensor, input: Tensor, parameters: Tensor, *, kind: str, mode: str, padding_mode: str, align_corners: bool
-) -> None:
-    """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …)."""
-    for chunk in _chunks(output.shape, input, parameters, kind, mode, padding_mode, align_corners):
-        total = torch.zeros((), dtype=chunk.dtype)
-        for corner in chunk.corners():
-            value = _read(input, corner).to(chunk.dtype)  # (M, C, K, P)
-            total = total + corner.weight()[:, None] * torch.where(corner.inside[:, None], value, 0)
-        total = total.transpose(1, 2).flatten(0, 1)
-        output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = total.to(output.dtype)
+    output: Tensor, input: Tensor, parameters: Tensor,
+    input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None, **options: Any,
+) -> None:  # fmt: skip
+    """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
+
+    With parameters_tangent and, if wanted, input_tangent: fill it with what it changes by.
+    A tensor whose batch is a divisor of M serves over and over. Options: `_Sampling`'s.
+    """
+    maps, sampling = parameters.shape[1], _Sampling(**options)
+    together = (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (output, maps)
+    for input, parameters, input_tangent, parameters_tangent, output in _same_batch(*together):
+        for chunk in sampling.chunks(output.shape, input, parameters, parameters_tangent, order=0):
+            total = torch.zeros((), dtype=chunk.dtype)
+            for corner in chunk.corners():
+                weight = corner.weight() if chunk.t is None else corner.weight_jvp()
+                value = _read(input, corner).to(chunk.dtype)  # (M, C, K, P)
+                total = total + weight[:, None] * torch.where(corner.inside[:, None], value, 0)
+                if input_tangent is not None:
+                    value = _read(input_tangent, corner).to(chunk.dtype)
+                    total = total + corner.weight()[:, None] * torch.where(corner.inside[:, None], value, 0)
+            total = total.transpose(1, 2).flatten(0, 1)
+            output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = total.to(output.dtype)
 
 
 def adjoint(
     grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
-    parameters: Tensor, *, kind: str, mode: str, padding_mode: str, align_corners: bool,
+    parameters: Tensor, input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
+    *, deterministic: bool = False, **options: Any,
 ) -> None:  # fmt: skip
-    """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both."""
+    """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both.
+
+    With parameters_tangent and, if wanted, input_tangent: fill them with what they change by.
+    Always deterministic: on the CPU one thread adds what falls on one image.
+    """
+    maps, sampling = parameters.shape[1], _Sampling(**options)
+    together = (
+        (grad_input, 1), (grad_parameters, 1), (grad_output, maps),
+        (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1),
+    )  # fmt: skip
+    for tensors in _same_batch(*together):
+        _adjoint(*tensors, sampling)
+
+
+def _adjoint(
+    grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
+    parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None, sampling: _Sampling,
+) -> None:  # fmt: skip
     image = grad_input if grad_input is not None else input
     assert image is not None
     compute = compute_dtype(image.dtype)
@@ -233,27 +291,42 @@ def adjoint(
     if grad_input is not None:  # accumulated where it is wanted, if its dtype can hold sums
         grad_image = grad_input.zero_() if grad_input.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
     grad_coefficients = torch.zeros_like(parameters, dtype=compute)
-    for chunk in _chunks(grad_output.shape, image, parameters, kind, mode, padding_mode, align_corners):
+    order = int(grad_parameters is not None)
+    for chunk in sampling.chunks(grad_output.shape, image, parameters, parameters_tangent, order):
         grad = grad_output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop].to(compute)
         grad = grad.unflatten(0, parameters.shape[:2]).transpose(1, 2)  # (M, C, K, P)
         grad_x = [torch.zeros_like(x) for x in chunk.x]
         for corner in chunk.corners():
             inside = corner.inside[:, None]
             if grad_image is not None:
-                added = torch.where(inside, corner.weight()[:, None] * grad, 0)
+                weight = corner.weight() if chunk.t is None else corner.weight_jvp()
+                added = torch.where(inside, weight[:, None] * grad, 0)
                 grad_image.flatten(2).scatter_add_(2, corner.flat(image).expand_as(added).flatten(2), added.flatten(2))
             if grad_parameters is not None and input is not None:
                 dot = (_read(input, corner).to(compute) * grad).sum(1)
                 for axis in range(len(chunk.x)):
+                    slope = corner.slope(axis) if chunk.t is None else corner.slope_jvp(axis)
+                    grad_x[axis] += torch.where(corner.inside, slope * dot, 0)
+            if grad_parameters is not None and input_tangent is not None:
+                dot = (_read(input_tangent, corner).to(compute) * grad).sum(1)
+                for axis in range(len(chunk.x)):
                     grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
         if grad_parameters is not None:
             grad_x = [g * s for g, s in zip(grad_x, chunk.padding_slopes, strict=True)]
-            TRANSFORMS[kind].map_vjp(grad_coefficients, chunk.pixels, grad_x)
+            sampling.transform.map_vjp(grad_coefficients, chunk.pixels, grad_x)
     if grad_input is not None and grad_image is not None and grad_image is not grad_input:
         grad_input.copy_(grad_image)
     if grad_parameters is not None:
         sizes = tuple(reversed(image.shape[2:])), tuple(reversed(grad_output.shape[2:]))
-        grad_parameters.copy_(TRANSFORMS[kind].load_vjp(grad_coefficients, *sizes, align_corners))
+        grad_parameters.copy_(sampling.transform.load_vjp(grad_coefficients, *sizes, sampling.align_corners))
+
+
+def _same_batch(*tensors: tuple[Tensor | None, int]) -> Iterator[list[Any]]:
+    """Parts of the tensors with the same batch: the smallest one's; `per` entries count as one."""
+    counts = [len(t) // per for t, per in tensors if t is not None]
+    count = min(counts)
+    for start in range(0, max(counts), count):
+        yield [None if t is None else t[start * per % len(t) :][: count * per] for t, per in tensors]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -267,6 +340,9 @@ class _Corner:
 
     weights: list[Tensor]
     slopes: list[Tensor]
+    curvatures: list[Tensor]
+    t: list[Tensor]
+    """Tangents of the sample's coordinates."""
     pixel: list[Tensor]
     inside: Tensor
 
@@ -275,8 +351,19 @@ class _Corner:
 
     def slope(self, axis: int) -> Tensor:
         """The derivative of the weight with respect to the coordinate along an axis."""
-        others = [w for other, w in enumerate(self.weights) if other != axis]
-        return math.prod(others, start=self.slopes[axis])
+        return self._times_others(self.slopes[axis], axis)
+
+    def weight_jvp(self) -> Tensor:
+        """What the weight changes by where the coordinates move by t."""
+        return sum((self.slope(axis) * t for axis, t in enumerate(self.t)), torch.zeros(()))
+
+    def slope_jvp(self, axis: int) -> Tensor:
+        """What the slope changes by where the coordinates move by t."""
+        change = self._times_others(self.curvatures[axis] * self.t[axis], axis)
+        for other, t in enumerate(self.t):
+            if other != axis:
+                change = change + self._times_others(self.slopes[axis] * self.slopes[other] * t, axis, other)
+        return change
 
     def flat(self, image: Tensor) -> Tensor:
         """The pixel's position in the image, (M, 1, K, P)."""
@@ -285,6 +372,9 @@ class _Corner:
             index = index * size + along
         return index[:, None]
 
+    def _times_others(self, g: Tensor, *axes: int) -> Tensor:
+        return math.prod((w for axis, w in enumerate(self.weights) if axis not in axes), start=g)
+
 
 @dataclass(frozen=True)
 class _Chunk:
@@ -292,58 +382,91 @@ class _Chunk:
 
     pixels: _Pixels
     x: list[Tensor]
+    t: list[Tensor] | None
+    """Tangents of x, where the parameters have one."""
     padding_slopes: list[Tensor]
     pad_tap: Callable[[Tensor, int], Tensor]
     """What padding makes of a tap: nothing, where it has moved the sample already."""
     interpolation: Interpolation
+    order: int
+    """How many derivatives of the weights are asked for."""
 
     @property
     def dtype(self) -> torch.dtype:
         return self.x[0].dtype
 
     def corners(self) -> Iterator[_Corner]:
-        size = self.pixels.input_size
-        first = [self.interpolation.first(x) for x in self.x]
-        for taps in itertools.product(range(self.interpolation.taps), repeat=len(first)):
-            q = [f + tap for f, tap in zip(first, taps, strict=True)]
-            padded = [self.pad_tap(a, n) for a, n in zip(q, size, strict=True)]
-            insides = [(a >= 0) & (a <= n - 1) for a, n in zip(padded, size, strict=True)]
-            yield _Corner(
-                [self.interpolation.weight(x, a) for x, a in zip(self.x, q, strict=True)],
-                [self.interpolation.slope(x, a) for x, a in zip(self.x, q, strict=True)],
-                [torch.where(inside, a, 0).long() for inside, a in zip(insides, padded, strict=True)],
-                math.prod(insides[1:], start=insides[0]),
-            )
+        size, interpolation = self.pixels.input_size, self.interpolation
+        derivatives = [interpolation.weight, interpolation.slope, interpolation.curvature]
+        axes = []  # for each, for each tap: the weight and its derivatives, the pixel, if inside
+        for x, n in zip(self.x, size, strict=True):
+            first = interpolation.first(x)
+            taps = []
+            for tap in range(interpolation.taps):
+                values = [f(x, first + tap) for f in derivatives[: self.order + 1]]
+                q = self.pad_tap(first + tap, n)
+                inside = (q >= 0) & (q <= n - 1)
+                taps.append((*values, *[values[0]] * (2 - self.order), torch.where(inside, q, 0).long(), inside))
+            axes.append(taps)
+        for corner in itertools.product(*axes):
+            weights, slopes, curvatures, pixel, insides = (list(column) for column in zip(*corner, strict=True))
+            inside = math.prod(insides[1:], start=insides[0])
+            yield _Corner(weights, slopes, curvatures, self.t or [], pixel, inside)
 
 
-def _chunks(
-    output_shape: torch.Size, image: Tensor, parameters: Tensor,
-    kind: str, mode: str, padding_mode: str, align_corners: bool,
-) -> Iterator[_Chunk]:  # fmt: skip
-    size, input_size = tuple(reversed(output_shape[2:])), tuple(reversed(image.shape[2:]))
-    transform, pad, interpolation = TRANSFORMS[kind], PADDINGS[padding_mode], INTERPOLATIONS[mode]
-    dtype = compute_dtype(image.dtype)
-    dense = kind != "affine"  # stays in its own dtype: a chunk at a time is converted
-    coefficients = transform.load(parameters if dense else parameters.to(dtype), input_size, size, align_corners)
-    count = math.prod(size)
-    step = max(1, CHUNK_ELEMENTS // (output_shape[0] * (output_shape[1] + len(size))))
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        rest = torch.arange(start, stop, device=image.device)
-        index = []
-        for n in size:
-            index.append(rest % n)
-            rest = rest // n
-        u = [along.to(dtype) - (n - 1) / 2 for along, n in zip(index, size, strict=True)]
-        pixels = _Pixels(start, stop, index, u, size, input_size, align_corners)
-        x = transform.map(coefficients, pixels)
-        if interpolation.taps <= 2:  # padding moves the sample, but for cubic the taps: as torch does
-            padded = [pad(a, n, align_corners) for a, n in zip(x, input_size, strict=True)]
-            yield _Chunk(pixels, [a for a, _ in padded], [s for _, s in padded], lambda q, n: q, interpolation)
-        else:
-            x = [a.nan_to_num(nan=-(2.0**24)).clamp(8 - 2.0**24, 2.0**24 - 8) for a in x]  # integers stay exact
-            slopes = [torch.ones_like(a) for a in x]
-            yield _Chunk(pixels, x, slopes, lambda q, n: pad(q, n, align_corners)[0], interpolation)
+@dataclass(frozen=True)
+class _Sampling:
+    """What is sampled how: the options of the two operations."""
+
+    kind: str
+    mode: str
+    padding_mode: str
+    align_corners: bool
+
+    @property
+    def transform(self) -> Transform:
+        return TRANSFORMS[self.kind]
+
+    def chunks(
+        self, output_shape: torch.Size, image: Tensor, parameters: Tensor, tangent: Tensor | None, order: int
+    ) -> Iterator[_Chunk]:
+        """The output in parts, and where they look; `order` derivatives of the weights, one more for a tangent."""
+        size, input_size = tuple(reversed(output_shape[2:])), tuple(reversed(image.shape[2:]))
+        transform, interpolation = self.transform, INTERPOLATIONS[self.mode]
+        dtype = compute_dtype(image.dtype)
+
+        def load(function: Callable[..., Tensor], numbers: Tensor) -> Tensor:
+            dense = self.kind != "affine"  # stays in its own dtype: a chunk at a time is converted
+            return function(numbers if dense else numbers.to(dtype), input_size, size, self.align_corners)
+
+        def pad(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+            return PADDINGS[self.padding_mode](x, n, self.align_corners)
+
+        coefficients = load(transform.load, parameters)
+        tangents = None if tangent is None else load(transform.load_jvp, tangent)
+        order += tangent is not None
+        count = math.prod(size)
+        step = max(1, CHUNK_ELEMENTS // (output_shape[0] * (output_shape[1] + len(size))))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            rest = torch.arange(start, stop, device=image.device)
+            index = []
+            for n in size:
+                index.append(rest % n)
+                rest = rest // n
+            u = [along.to(dtype) - (n - 1) / 2 for along, n in zip(index, size, strict=True)]
+            pixels = _Pixels(start, stop, index, u, size, input_size, self.align_corners)
+            x = transform.map(coefficients, pixels)
+            t = None if tangents is None else transform.map_jvp(coefficients, tangents, pixels)
+            if interpolation.taps <= 2:  # padding moves the sample, but for cubic the taps: as torch does
+                padded = [pad(a, n) for a, n in zip(x, input_size, strict=True)]
+                x, slopes = [a for a, _ in padded], [s for _, s in padded]
+                t = None if t is None else [a * s for a, s in zip(t, slopes, strict=True)]
+                yield _Chunk(pixels, x, t, slopes, lambda q, n: q, interpolation, order)
+            else:
+                x = [a.nan_to_num(nan=-(2.0**24)).clamp(8 - 2.0**24, 2.0**24 - 8) for a in x]  # integers stay exact
+                slopes = [torch.ones_like(a) for a in x]
+                yield _Chunk(pixels, x, t, slopes, lambda q, n: pad(q, n)[0], interpolation, order)
 
 
 def _read(image: Tensor, corner: _Corner) -> Tensor:

@@ -1,0 +1,265 @@
+"""The derivatives of the sampler, for eager code and `torch.func`.
+
+Write F(x, θ) for the warp, linear in the image x, and B(g, x, θ) for its backward pass: the
+gradients of ⟨g, F(x, θ)⟩ in x and θ. What each changes by along a direction (v, w) of (x, θ) is
+
+    F'(x, θ; v, w)       the change of the output: forward mode
+    B'(g, x, θ; v, w)    the change of both gradients: forward over reverse
+
+and because B is a gradient, these are all that second order takes: the gradients of ⟨B(g, x, θ), (v, w)⟩
+are F'(x, θ; v, w) in g and B'(g, x, θ; v, w) in (x, θ). So there are four functions, each computed by
+one pass of the same kernels, and each one's derivatives are among the four. Third derivatives are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+Options = tuple[str, str, str, bool]
+"""Kind of transform, mode, padding_mode, align_corners."""
+_Optional = Tensor | None
+
+
+def warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+    """Input (M, C, *input_size) read through parameters (M, K, …) → (M * K, C, *size)."""
+    if torch.compiler.is_compiling():  # which refuses a Function with a forward mode
+        return torch.ops.tri_stn.warp(input, parameters, size, *options)
+    return _Warp.apply(input, parameters, size, options)
+
+
+def splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+    """The adjoint of `warp` in its input: (M * K, C, *input_size) added up to (M, C, *size)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.tri_stn.splat(input, parameters, size, *options)
+    layout = size, ops.is_channels_last(input)
+    return _Backward.apply(input, None, parameters, layout, (True, False), options)[0]
+
+
+def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, per: Sequence[int]) -> tuple:
+    """Fold the mapped dimension into the batch. What is not mapped over stays as it is, and serves again.
+
+    ``per`` tells how many entries of each tensor's first dimension belong to one image.
+    """
+    tensors = list(args[: len(per)])
+    for i, dim in enumerate(in_dims[: len(per)]):
+        if dim is not None:
+            tensors[i] = tensors[i].movedim(dim, 0)
+    mapped = [dim is not None for dim in in_dims]
+    batches = [0 if t is None else t.shape[m] // p for t, m, p in zip(tensors, mapped, per, strict=False) if p]
+    for i, p in enumerate(per):
+        if mapped[i]:
+            again = max(batches) // (tensors[i].shape[1] // p)  # more than 1 only in a vmap of a vmap
+            if again > 1:
+                tensors[i] = tensors[i].repeat(1, again, *[1] * (tensors[i].dim() - 2))
+            tensors[i] = tensors[i].flatten(0, 1)
+    results = function.apply(*tensors, *args[len(per) :])
+    several = isinstance(results, tuple)
+    folded = [r.unflatten(0, (info.batch_size, -1)) if r.dim() > 1 else r for r in (results if several else [results])]
+    out_dims = [0 if r.dim() > 1 else None for r in (results if several else [results])]
+    return (tuple(folded), tuple(out_dims)) if several else (folded[0], out_dims[0])
+
+
+class _Warp(torch.autograd.Function):
+    """F(x, θ)."""
+
+    @staticmethod
+    def forward(input: Tensor, parameters: Tensor, size: Sequence[int], options: Options) -> Tensor:
+        return torch.ops.tri_stn.warp_forward(input, parameters, None, None, size, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        input, parameters, ctx.size, ctx.options = inputs
+        # The warp is linear in the image: only the transform's gradient has to see it again.
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, parameters)
+        ctx.save_for_forward(input, parameters)
+        ctx.layout = input.shape[2:], ops.is_channels_last(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        input, parameters = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        gradients = _Backward.apply(grad_output, input, parameters, ctx.layout, needs, ctx.options)
+        return *ops.wanted(gradients, needs), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, *_: Any) -> Tensor:
+        input, parameters = ctx.saved_tensors
+        return _change(input, parameters, input_tangent, parameters_tangent, ctx.size, ctx.options)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
+        return _vmap(_Warp, info, in_dims, *args, per=(1, 1))
+
+
+class _Backward(torch.autograd.Function):
+    """B(g, x, θ). Of the gradients that `needs` does not ask for, an empty tensor; x may be None without θ's."""
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor, input: _Optional, parameters: Tensor,
+        layout: tuple, needs: tuple[bool, bool], options: Options,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return torch.ops.tri_stn.warp_backward(
+            grad_output, input, parameters, None, None, *layout, *needs, *options
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad_output, input, parameters, ctx.layout, ctx.needs, ctx.options = inputs
+        ctx.save_for_backward(grad_output, input, parameters)
+        ctx.save_for_forward(grad_output, input, parameters)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional) -> tuple:
+        grad_output, input, parameters = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:3]
+        if not ctx.needs[0]:
+            input_tangent = None
+        if not ctx.needs[1] or ctx.options[1] == "nearest":
+            parameters_tangent = None
+        grad_grad, grad_input, grad_parameters = None, None, None
+        if wants[0] and not (input_tangent is None and parameters_tangent is None):
+            size = grad_output.shape[2:]
+            grad_grad = _change(input, parameters, input_tangent, parameters_tangent, size, ctx.options)
+        if parameters_tangent is not None and any(wants[1:]):
+            results = _BackwardChange.apply(
+                grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, wants[1:], ctx.options
+            )
+            grad_input, grad_parameters = ops.wanted(results, wants[1:])
+        elif input_tangent is not None and wants[2]:
+            needs = (False, True)
+            _, grad_parameters = _Backward.apply(
+                grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options
+            )
+        return grad_grad, grad_input, grad_parameters, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, grad_tangent: _Optional, input_tangent: _Optional, parameters_tangent: _Optional, *_: Any
+    ) -> tuple[Tensor, Tensor]:
+        grad_output, input, parameters = ctx.saved_tensors
+        sums: list[_Optional] = [None, None]
+
+        def add(results: Sequence[Tensor], which: Sequence[bool]) -> None:
+            for i, result in enumerate(ops.wanted(results, which)):
+                if result is not None:
+                    sums[i] = result if sums[i] is None else sums[i] + result
+
+        if grad_tangent is not None:
+            add(_Backward.apply(grad_tangent, input, parameters, ctx.layout, ctx.needs, ctx.options), ctx.needs)
+        if parameters_tangent is not None:
+            results = _BackwardChange.apply(
+                grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, ctx.needs, ctx.options
+            )
+            add(results, ctx.needs)
+        elif input_tangent is not None and ctx.needs[1]:
+            needs = (False, True)
+            results = _Backward.apply(grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options)
+            add(results, needs)
+        shapes = (parameters.shape[0], grad_output.shape[1], *ctx.layout[0]), parameters.shape
+        for i, (like, shape) in enumerate(zip((grad_output, parameters), shapes, strict=True)):
+            if sums[i] is None:
+                sums[i] = like.new_zeros(shape if ctx.needs[i] else (0,))
+        return sums[0], sums[1]  # type: ignore[return-value]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
+        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1))
+
+
+class _Change(torch.autograd.Function):
+    """F'(x, θ; v, w), where v may be None."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, parameters: Tensor, input_tangent: _Optional, parameters_tangent: Tensor,
+        size: Sequence[int], options: Options,
+    ) -> Tensor:  # fmt: skip
+        return torch.ops.tri_stn.warp_forward(input, parameters, input_tangent, parameters_tangent, size, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, _, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.layout = tensors[0].shape[2:], ops.is_channels_last(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        input, parameters, input_tangent, parameters_tangent = ctx.saved_tensors
+        results: list[_Optional] = [None] * 4
+        for first, function, directions in (
+            (0, _BackwardChange, (input_tangent, parameters_tangent)),
+            (2, _Backward, ()),
+        ):
+            needs = ctx.needs_input_grad[first : first + 2]
+            if any(needs):
+                gradients = function.apply(
+                    grad_output, input, parameters, *directions, ctx.layout, needs, ctx.options
+                )
+                results[first : first + 2] = ops.wanted(gradients, needs)
+        return *results, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Tensor:
+        raise NotImplementedError(
+            "Forward mode over forward mode is not implemented in tri_stn; take forward over reverse, as "
+            "torch.func.hessian does, or reverse over forward."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
+        return _vmap(_Change, info, in_dims, *args, per=(1, 1, 1, 1))
+
+
+class _BackwardChange(torch.autograd.Function):
+    """B'(g, x, θ; v, w), where v may be None."""
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor, input: _Optional, parameters: Tensor, input_tangent: _Optional, parameters_tangent: Tensor,
+        layout: tuple, needs: tuple[bool, bool], options: Options,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return torch.ops.tri_stn.warp_backward(
+            grad_output, input, parameters, input_tangent, parameters_tangent, *layout, *needs, *options
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple:
+        raise NotImplementedError("Third derivatives are not implemented in tri_stn.")
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> tuple:
+        raise NotImplementedError("Third derivatives are not implemented in tri_stn.")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
+        return _vmap(_BackwardChange, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 1, 1))
+
+
+def _change(
+    input: _Optional, parameters: Tensor, input_tangent: _Optional, parameters_tangent: _Optional,
+    size: Sequence[int], options: Options,
+) -> Tensor:  # fmt: skip
+    """F' with either tangent; nearest changes with the input alone."""
+    if parameters_tangent is not None and options[1] != "nearest":
+        return _Change.apply(input, parameters, input_tangent, parameters_tangent, size, options)
+    if input_tangent is not None:
+        return _Warp.apply(input_tangent, parameters, size, options)
+    assert input is not None
+    return input.new_zeros((parameters.shape[0] * parameters.shape[1], input.shape[1], *size))
+
+
+def _maps(parameters: Tensor, dim: int | None) -> int:
+    """K of parameters (M, K, …), whether or not a mapped dimension is among them."""
+    return parameters.shape[1] if dim is None else parameters.movedim(dim, 0).shape[2]
