@@ -48,6 +48,9 @@ class Case:
     align_corners: bool = False
     far: bool = False
     """Strides that need 64-bit offsets."""
+    tangent: bool = False
+    """The change along a direction of both the parameters and the image: forward mode, second derivatives."""
+    deterministic: bool = False
 
     @property
     def stages(self) -> str:
@@ -57,6 +60,7 @@ class Case:
             words.append("+theta" if self.need_parameters else "-theta")
         words += [f"C={self.channels}"] * (self.channels != 32) + ["size_1"] * (1 in self.size)
         words += ["corners"] * self.align_corners + ["int64"] * self.far
+        words += ["tangent"] * self.tangent + ["deterministic"] * self.deterministic
         return " ".join(words)
 
 
@@ -142,7 +146,8 @@ def compile_case(case: Case, arch: str):
     image, output = _image(case, case.size), _image(case, tuple(max(1, n // 2) for n in case.size))
     batch = (2, 1, dims, dims + 1) if case.kind == "affine" else (2, 1, *output.shape[2:], dims)
     parameters = torch.empty(batch, device="meta")
-    options = {
+    tangents = (image, parameters) if case.tangent else (None, None)
+    options: dict[str, Any] = {
         "kind": case.kind,
         "mode": case.mode,
         "padding_mode": case.padding_mode,
@@ -150,11 +155,12 @@ def compile_case(case: Case, arch: str):
     }
     with _compiling_for(arch) as launches:
         if case.kernel == "gather":
-            kernels.gather(output, image, parameters, **options)
+            kernels.gather(output, image, parameters, *tangents, **options)
         else:
             grad_image = None if case.kernel == "reduce" else torch.empty_like(image)
             grad_parameters = torch.empty_like(parameters) if case.need_parameters else None
-            kernels.adjoint(grad_image, grad_parameters, output, image, parameters, **options)
+            options["deterministic"] = case.deterministic
+            kernels.adjoint(grad_image, grad_parameters, output, image, parameters, *tangents, **options)
     name = {"reduce": "scatter"}.get(case.kernel, case.kernel) + "_kernel"
     (compiled,) = launches[name]
     return compiled

@@ -77,7 +77,9 @@ def scatter_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dty
     )
 
 
-def walk_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int) -> Tile:
+def walk_tile(
+    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int, tangent: bool = False
+) -> Tile:
     """The tile of a program that owns input pixels and one block of channels."""
     # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
     return _tile(
@@ -87,7 +89,7 @@ def walk_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype,
         dtype,
         most=32 if channels_last else 8,
         per_program=0,
-        cap=128 if taps <= 2 and dims <= 2 else 168,
+        cap=128 if taps <= 2 and dims <= 2 and not tangent else 168,
     )
 
 

@@ -28,17 +28,33 @@ _Optional = Tensor | None
 
 def warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
     """Input (M, C, *input_size) read through parameters (M, K, …) → (M * K, C, *size)."""
-    if torch.compiler.is_compiling():  # which refuses a Function with a forward mode
+    if torch.compiler.is_exporting():
         return torch.ops.tri_stn.warp(input, parameters, size, *options)
-    return _Warp.apply(input, parameters, size, options)
+    if torch.compiler.is_compiling():
+        from . import graph  # noqa: F401
+    return _warp(input, parameters, size, *options)
 
 
 def splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
     """The adjoint of `warp` in its input: (M * K, C, *input_size) added up to (M, C, *size)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
         return torch.ops.tri_stn.splat(input, parameters, size, *options)
+    if torch.compiler.is_compiling():
+        from . import graph  # noqa: F401
+    return _splat(input, parameters, size, *options)
+
+
+def _warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+    return _Warp.apply(input, parameters, size, options)
+
+
+def _splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
     layout = size, ops.is_channels_last(input)
     return _Backward.apply(input, None, parameters, layout, (True, False), options)[0]
+
+
+ops.library.impl("warp", _warp, "Autograd")
+ops.library.impl("splat", _splat, "Autograd")
 
 
 def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, per: Sequence[int]) -> tuple:
@@ -58,7 +74,7 @@ def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, p
             if again > 1:
                 tensors[i] = tensors[i].repeat(1, again, *[1] * (tensors[i].dim() - 2))
             tensors[i] = tensors[i].flatten(0, 1)
-    results = function.apply(*tensors, *args[len(per) :])
+    results = function(*tensors, *args[len(per) :])
     several = isinstance(results, tuple)
     folded = [r.unflatten(0, (info.batch_size, -1)) if r.dim() > 1 else r for r in (results if several else [results])]
     out_dims = [0 if r.dim() > 1 else None for r in (results if several else [results])]
@@ -85,7 +101,7 @@ class _Warp(torch.autograd.Function):
         input, parameters = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         gradients = _Backward.apply(grad_output, input, parameters, ctx.layout, needs, ctx.options)
-        return *ops.wanted(gradients, needs), None, None
+        return *_wanted(gradients, needs), None, None
 
     @staticmethod
     def jvp(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, *_: Any) -> Tensor:
@@ -94,7 +110,7 @@ class _Warp(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Warp, info, in_dims, *args, per=(1, 1))
+        return _vmap(_Warp.apply, info, in_dims, *args, per=(1, 1))
 
 
 class _Backward(torch.autograd.Function):
@@ -132,7 +148,7 @@ class _Backward(torch.autograd.Function):
             results = _BackwardChange.apply(
                 grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, wants[1:], ctx.options
             )
-            grad_input, grad_parameters = ops.wanted(results, wants[1:])
+            grad_input, grad_parameters = _wanted(results, wants[1:])
         elif input_tangent is not None and wants[2]:
             needs = (False, True)
             _, grad_parameters = _Backward.apply(
@@ -148,7 +164,7 @@ class _Backward(torch.autograd.Function):
         sums: list[_Optional] = [None, None]
 
         def add(results: Sequence[Tensor], which: Sequence[bool]) -> None:
-            for i, result in enumerate(ops.wanted(results, which)):
+            for i, result in enumerate(_wanted(results, which)):
                 if result is not None:
                     sums[i] = result if sums[i] is None else sums[i] + result
 
@@ -171,7 +187,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1))
+        return _vmap(_Backward.apply, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1))
 
 
 class _Change(torch.autograd.Function):
@@ -203,7 +219,7 @@ class _Change(torch.autograd.Function):
                 gradients = function.apply(
                     grad_output, input, parameters, *directions, ctx.layout, needs, ctx.options
                 )
-                results[first : first + 2] = ops.wanted(gradients, needs)
+                results[first : first + 2] = _wanted(gradients, needs)
         return *results, None, None
 
     @staticmethod
@@ -215,7 +231,7 @@ class _Change(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Change, info, in_dims, *args, per=(1, 1, 1, 1))
+        return _vmap(_Change.apply, info, in_dims, *args, per=(1, 1, 1, 1))
 
 
 class _BackwardChange(torch.autograd.Function):
@@ -244,7 +260,12 @@ class _BackwardChange(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_BackwardChange, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 1, 1))
+        return _vmap(_BackwardChange.apply, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 1, 1))
+
+
+def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[_Optional]:
+    """The gradients that were asked for, None for the others."""
+    return [g if need else None for g, need in zip(gradients, needed, strict=True)]
 
 
 def _change(

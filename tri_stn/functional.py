@@ -44,7 +44,7 @@ def warp(
             without copies.
         size: the output's ([D,] [H,] W) in pixels. By default that of a dense transform, else the input's.
         mode: "bilinear" (linear along each axis), "nearest" (which rounds half to even, as torch
-            does) or, in 1-D and 2-D, "bicubic" (a = -0.75, along each axis).
+            does) or "bicubic" (cubic convolution along each axis, a = -0.75).
         padding_mode: what lies outside the image: "zeros", "border" or "reflection".
         align_corners: whether -1 and 1 are the centres of the outermost pixels (True) or their
             outer edges (False), as in `torch.nn.functional.grid_sample`.
@@ -59,49 +59,99 @@ def warp(
 
     Source: Jaderberg et al. 2015, equations 1 to 7. At borders and ties, gradients follow ATen.
     """
-    _check_input(input)
-    if not isinstance(transform, Transform):
-        raise TypeError(f"warp takes a transform such as tri_stn.Affine(theta); got {type(transform).__name__}.")
-    _check_choice("mode", mode, MODES)
-    _check_choice("padding_mode", padding_mode, PADDING_MODES)
-    if not isinstance(align_corners, bool):
-        raise TypeError(f"align_corners must be True or False; got {align_corners!r}.")
+    _check_call("warp", input, transform, mode, padding_mode, align_corners)
     dims = transform.dims
     if input.dim() != dims + 2:
         raise ValueError(
             f"A {dims}-D {type(transform).__name__} takes input of shape (N, C, {_axes(dims)}), {dims + 2} dimensions; "
             f"got {tuple(input.shape)}."
         )
-    if mode == "bicubic" and dims == 3:
-        raise ValueError("mode 'bicubic' takes 1-D and 2-D images; for 3-D images use 'bilinear' or 'nearest'.")
     if 0 in input.shape[2:]:
         raise ValueError(f"input must have at least one pixel; got spatial size {tuple(input.shape[2:])}.")
     if size is None:
         size = input.shape[2:] if transform.size is None else transform.size
     size = _check_size(size, dims)
-    if max(*input.shape[2:], *size) > LARGEST_AXIS and input.dtype != torch.float64:
-        raise ValueError(
-            f"An axis of more than 2 ** 24 pixels needs fp64, as fp32 cannot number its pixels; got input "
-            f"{tuple(input.shape[2:])} and size {size} in {input.dtype}. Convert the input with .double()."
-        )
+    _check_axes(input.dtype, input.shape[2:], size)
     if transform.size is not None and tuple(transform.size) != size:
         raise ValueError(
             f"This {type(transform).__name__} has one map per pixel of an output of size {tuple(transform.size)}; got "
             f"size {size}. Leave size out."
         )
     if input.is_complex():
-        parts = [
-            warp(part, transform, size, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
-            for part in (input.real, input.imag)
-        ]
-        return torch.complex(*parts)
+        options = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
+        return torch.complex(*(warp(part, transform, size, **options) for part in (input.real, input.imag)))
 
-    parameters = transform.parameters
-    if parameters.device != input.device:
-        raise ValueError(f"input and transform must be on the same device; got {input.device} and {parameters.device}.")
-    parameters, batch = _match_batch(input, parameters, transform.batch)
+    parameters, batch = _match_batch(input, transform.parameters, transform.batch)
     output = autograd.warp(input, parameters, size, transform.kind, mode, padding_mode, align_corners)
     return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
+
+
+def splat(
+    input: Tensor,
+    transform: Transform,
+    size: Sequence[int],
+    *,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+    normalize: bool = False,
+) -> Tensor:
+    """Add ``input`` up where ``transform`` looks: forward mapping, the exact adjoint of `warp`.
+
+    Each pixel of the input is spread over the pixels of the output that `warp` with the same
+    transform and options would read there: ``(warp(x, …) * y).sum() == (x * splat(y, …)).sum()``.
+    Where many land, the output is their sum; where none does, a hole, it is 0.
+
+    Args:
+        input: (N, C, W), (N, C, H, W) or (N, C, D, H, W), or with K maps per image (N, K, C, …), any
+            strides; fp16, bf16, fp32, fp64 or complex.
+        transform: where each pixel of the input goes; a dense transform has the input's size. One
+            map serves any number of inputs, and one input any number of maps.
+        size: the output's ([D,] [H,] W) in pixels.
+        mode, padding_mode, align_corners: as in `warp`. Under "border" and "reflection", what would
+            land outside is folded back in.
+        normalize: divide by the accumulated weight, so that overlaps are averages (holes stay 0). To see
+            both, splat a tensor of ones. Not for "bicubic", whose weights have both signs.
+
+    Returns:
+        (N, C, *size), in the input's dtype; the K inputs of an image are added up.
+
+    Raises:
+        TypeError, ValueError: as `warp`.
+    """
+    _check_call("splat", input, transform, mode, padding_mode, align_corners)
+    dims, maps = transform.dims, tuple(transform.batch[1:])
+    if input.dim() != dims + 2 + len(maps) or maps not in ((), tuple(input.shape[1:2])):
+        shape = f"(N, {f'K = {maps[0]}, ' if maps else ''}C, {_axes(dims)})"
+        raise ValueError(f"This {dims}-D {type(transform).__name__} takes input of shape {shape}; got {tuple(input.shape)}.")
+    size = _check_size(size, dims)
+    if 0 in size:
+        raise ValueError(f"size must have at least one pixel; got {size}.")
+    _check_axes(input.dtype, input.shape[-dims:], size)
+    if transform.size is not None and transform.size != input.shape[-dims:]:
+        raise ValueError(
+            f"This {type(transform).__name__} has one map per pixel of an input of size {tuple(transform.size)}; got "
+            f"{tuple(input.shape[-dims:])}."
+        )
+    if normalize and mode == "bicubic":
+        raise ValueError("normalize takes mode 'bilinear' or 'nearest': the weights of 'bicubic' have both signs.")
+    options = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
+    if normalize:
+        wide = torch.promote_types(input.real.dtype, torch.float32)  # a count of many, which 16 bits would round
+        ones = torch.ones((), dtype=wide, device=input.device).expand(1, *maps, 1, *input.shape[-dims:])
+        weight = splat(ones, transform, size, **options)  # type: ignore[arg-type]
+        return (splat(input, transform, size, **options) / weight.where(weight > 0, 1)).to(input.dtype)  # type: ignore[arg-type]
+    if input.is_complex():
+        return torch.complex(*(splat(part, transform, size, **options) for part in (input.real, input.imag)))  # type: ignore[arg-type]
+
+    batch = _common_batch(len(input), transform.batch[0])
+    parameters = transform.parameters.expand(batch, *transform.parameters.shape[1:])
+    input = input.expand(batch, *input.shape[1:])
+    if maps:
+        input = input.flatten(0, 1)
+    else:
+        parameters = parameters.unsqueeze(1)
+    return autograd.splat(input, parameters, size, transform.kind, mode, padding_mode, align_corners)
 
 
 def grid_sample(
@@ -144,21 +194,40 @@ def _match_batch(input: Tensor, parameters: Tensor, batch: Sequence[int]) -> tup
     One image with N maps becomes K = N maps of that image: its gradient is then summed in the
     kernel. One map for many images is expanded, which costs a few numbers per image.
     """
-    images, maps = input.shape[0], batch[0]
+    images, maps = _common_batch(input.shape[0], batch[0]), batch[0]
     if len(batch) == 1:
         parameters = parameters.unsqueeze(1)
-    if maps != images:
-        if maps == 1:
-            parameters = parameters.expand(images, *parameters.shape[1:])
-            maps = images
-        elif images == 1:
-            parameters = parameters.flatten(0, 1).unsqueeze(0)
-        else:
-            raise ValueError(
-                f"input and transform must have the same batch size, or either of them 1; got {images} images "
-                f"and {maps} maps. For several maps per image, give the transform the shape (N, K, …)."
-            )
-    return parameters, (maps, *batch[1:])
+    if input.shape[0] == 1 != maps:
+        parameters = parameters.flatten(0, 1).unsqueeze(0)
+    elif maps != images:
+        parameters = parameters.expand(images, *parameters.shape[1:])
+    return parameters, (images, *batch[1:])
+
+
+def _common_batch(images: int, maps: int) -> int:
+    if images != maps and 1 not in (images, maps):
+        raise ValueError(
+            f"input and transform must have the same batch size, or either of them 1; got {images} images "
+            f"and {maps} maps. For several maps per image, give the transform the shape (N, K, …)."
+        )
+    return maps if images == 1 else images
+
+
+def _check_call(
+    name: str, input: Tensor, transform: Transform, mode: str, padding_mode: str, align_corners: bool
+) -> None:
+    """What warp and splat ask of their arguments alike."""
+    _check_input(input)
+    if not isinstance(transform, Transform):
+        raise TypeError(f"{name} takes a transform such as tri_stn.Affine(theta); got {type(transform).__name__}.")
+    _check_choice("mode", mode, MODES)
+    _check_choice("padding_mode", padding_mode, PADDING_MODES)
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"align_corners must be True or False; got {align_corners!r}.")
+    if transform.parameters.device != input.device:
+        raise ValueError(
+            f"input and transform must be on the same device; got {input.device} and {transform.parameters.device}."
+        )
 
 
 def _check_input(input: Tensor) -> None:
@@ -185,6 +254,14 @@ def _check_size(size: Sequence[int], dims: int) -> tuple[int, ...]:
     if any(s < 0 for s in size):
         raise ValueError(f"size must not be negative; got {tuple(size)}.")
     return tuple(size)
+
+
+def _check_axes(dtype: torch.dtype, *sizes: Sequence[int]) -> None:
+    if max(map(max, sizes)) > LARGEST_AXIS and dtype not in (torch.float64, torch.complex128):
+        raise ValueError(
+            f"An axis of more than 2 ** 24 pixels needs fp64, as fp32 cannot number its pixels; got sizes "
+            f"{' and '.join(str(tuple(size)) for size in sizes)} in {dtype}. Convert the input with .double()."
+        )
 
 
 def _axes(dims: int) -> str:

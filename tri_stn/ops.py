@@ -1,9 +1,9 @@
 """The sampler as PyTorch operators: registration, shapes for tracing, and the backend.
 
-- Raw operators ``tri_stn::warp_forward`` and ``tri_stn::warp_backward``, with no gradient of their
-  own: what picks the backend. `autograd` puts the derivatives around them for eager code.
-- ``tri_stn::warp`` and ``tri_stn::splat``, the same with a registered gradient, for `torch.compile`
-  and `torch.export`, which keep them as one node of the graph.
+- ``tri_stn::warp_forward`` and ``tri_stn::warp_backward`` do the work; they have no gradient of
+  their own. `autograd` puts the derivatives around them.
+- ``tri_stn::warp`` and ``tri_stn::splat`` are what `torch.compile` and `torch.export` see: one node of a
+  graph, with the derivatives that `autograd` registers.
 
 A transform crosses this border as its kind (a string) and one tensor of parameters (M, K, …): K
 maps for each of the M images. Shapes: input (M, C, *input_size), output (M * K, C, *size). A tensor
@@ -30,14 +30,14 @@ from . import reference
 _OPTIONS = "str kind, str mode, str padding_mode, bool align_corners"
 _TANGENTS = "Tensor? input_tangent, Tensor? parameters_tangent"
 
-_library = torch.library.Library("tri_stn", "DEF")
-_library.define(f"warp_forward(Tensor input, Tensor parameters, {_TANGENTS}, SymInt[] size, {_OPTIONS}) -> Tensor")
-_library.define(
+library = torch.library.Library("tri_stn", "DEF")
+library.define(f"warp_forward(Tensor input, Tensor parameters, {_TANGENTS}, SymInt[] size, {_OPTIONS}) -> Tensor")
+library.define(
     f"warp_backward(Tensor grad_output, Tensor? input, Tensor parameters, {_TANGENTS}, SymInt[] input_size,"
     f" bool channels_last, bool need_input, bool need_parameters, {_OPTIONS}) -> (Tensor, Tensor)"
 )
-_library.define(f"warp(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
-_library.define(f"splat(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
+library.define(f"warp(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
+library.define(f"splat(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
 
 
 # --- raw operators ---------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def _warp_backward(
     return gradients
 
 
-# --- with a gradient, for graphs -------------------------------------------------------------------
+# --- one name for each, for graphs -----------------------------------------------------------------
 
 
 def _warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
@@ -114,22 +114,6 @@ def _warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any)
 
 def _warp_fake(input: Tensor, parameters: Tensor, size: Sequence[int], *_: Any) -> Tensor:
     return _allocate_output(input, parameters, None, None, size)
-
-
-def _warp_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, parameters, _, *ctx.options = inputs
-    # The warp is linear in the image: only the transform's gradient has to see it again.
-    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, parameters)
-    ctx.input_size, ctx.channels_last = input.shape[2:], is_channels_last(input)
-
-
-def _warp_vjp(ctx: Any, grad_output: Tensor) -> tuple:
-    input, parameters = ctx.saved_tensors
-    gradients = torch.ops.tri_stn.warp_backward(
-        grad_output, input, parameters, None, None, ctx.input_size, ctx.channels_last, *ctx.needs_input_grad[:2],
-        *ctx.options,
-    )  # fmt: skip
-    return *wanted(gradients, ctx.needs_input_grad), *(None,) * 5
 
 
 def _splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
@@ -141,40 +125,14 @@ def _splat_fake(input: Tensor, parameters: Tensor, size: Sequence[int], *_: Any)
     return _allocate_gradients(input, None, parameters, None, None, size, is_channels_last(input), True, False)[0]
 
 
-def _splat_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, parameters, _, *ctx.options = inputs
-    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, parameters)
-    ctx.input_size = input.shape[2:]
-
-
-def _splat_vjp(ctx: Any, grad: Tensor) -> tuple:
-    input, parameters = ctx.saved_tensors
-    grad_input, grad_parameters = None, None
-    if ctx.needs_input_grad[0]:
-        grad_input = torch.ops.tri_stn.warp_forward(grad, parameters, None, None, ctx.input_size, *ctx.options)
-    if ctx.needs_input_grad[1]:
-        flags = False, False, True
-        _, grad_parameters = torch.ops.tri_stn.warp_backward(
-            input, grad, parameters, None, None, grad.shape[2:], *flags, *ctx.options
-        )
-    return grad_input, grad_parameters, *(None,) * 5
-
-
-def wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients that were asked for, None for the others."""
-    return tuple(g if need else None for g, need in zip(gradients, needed, strict=False))
-
-
 for _name, _implementation, _fake in (
     ("warp_forward", _warp_forward, _allocate_output),
     ("warp_backward", _warp_backward, _allocate_gradients),
     ("warp", _warp, _warp_fake),
     ("splat", _splat, _splat_fake),
 ):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tri_stn::{_name}", _fake, lib=_library)
-torch.library.register_autograd("tri_stn::warp", _warp_vjp, setup_context=_warp_setup, lib=_library)
-torch.library.register_autograd("tri_stn::splat", _splat_vjp, setup_context=_splat_setup, lib=_library)
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tri_stn::{_name}", _fake, lib=library)
 
 
 # --- layout and backend ------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def truth_grid(case: Case, parameters: Tensor) -> Tensor:
 
 
 def warp_truth(case: Case, input: Tensor, parameters: Tensor) -> Tensor:
-    """A case's output by torch in fp64, differentiable in both tensors; not for 3-D bicubic."""
+    """A case's output by torch in fp64, differentiable in both tensors."""
     grid, images = truth_grid(case, parameters), input.double()
     if len(grid) != len(images):
         images = images.repeat_interleave(len(grid) // len(images), 0)
@@ -110,9 +110,21 @@ def warp_truth(case: Case, input: Tensor, parameters: Tensor) -> Tensor:
         images, grid = images.unsqueeze(2), torch.stack([grid, torch.zeros_like(grid)], -1).squeeze(2).unsqueeze(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*unit size")
-        output = F.grid_sample(images, grid, **case.options)  # type: ignore[arg-type]
+        sample = _tricubic if images.dim() == 5 and case.mode == "bicubic" else F.grid_sample
+        output = sample(images, grid, **case.options)  # type: ignore[arg-type, operator]
     output = output.squeeze(2) if len(case.size) == 1 else output
     return output if case.maps is None else output.unflatten(0, (-1, case.maps))
+
+
+def _tricubic(volumes: Tensor, grid: Tensor, **options: object) -> Tensor:
+    """What torch lacks: every slice read bicubically, and the slices as a column of pixels of its own."""
+    channels, depth, size = *volumes.shape[1:3], grid.shape[1:-1]
+    in_plane = grid[..., :2].flatten(1, 3).unsqueeze(1)  # (N, 1, P, 2)
+    slices = F.grid_sample(volumes.flatten(1, 2), in_plane, **options)  # type: ignore[arg-type]
+    columns = slices.view(-1, channels, depth, in_plane.shape[2]).permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(3)
+    z = grid[..., 2].reshape(-1, 1, 1, 1)
+    output = F.grid_sample(columns, torch.cat([torch.zeros_like(z), z], 3), **options)  # type: ignore[arg-type]
+    return output.view(len(volumes), -1, channels).mT.unflatten(2, size)
 
 
 def near_discontinuity(case: Case, parameters: Tensor, band: float = 1e-5) -> Tensor:
