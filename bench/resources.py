@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,18 @@ def all_cases() -> list[tuple[Case, str]]:
     for shape in ({"channels": 3}, {"channels": 3, **wide}, {"size": (1, 9)}, {"align_corners": True}, {"far": True}):
         once += cases("affine", linear, folding, **shape)
     once += cases("affine", linear, folding, size=(64,))
-    once += cases("affine", ("bilinear", "nearest"), ("zeros", "reflection"), size=(6, 8, 16))
-    once += cases("grid", linear, ("zeros",), size=(6, 8, 16))
+    once += cases("affine", MODES, ("zeros", "reflection"), size=(6, 8, 16))
+    once += cases("grid", ("bilinear", "bicubic"), ("zeros",), size=(6, 8, 16))
+    smooth = ("bilinear", "bicubic")
+    once += [*cases("affine", smooth, ("zeros", "border"), tangent=True), *cases("grid", linear, folding, tangent=True)]
+    once += cases("affine", linear, folding, tangent=True, **wide)
+    once += cases("affine", smooth, folding, tangent=True, size=(6, 8, 16))
+    fixed = [
+        *cases("affine", smooth, folding),
+        *cases("grid", smooth, folding),
+        *cases("grid", linear, folding, **wide),
+    ]
+    once += [replace(case, deterministic=True) for case in fixed if case.kernel == "scatter"]
     return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
 
 

@@ -79,7 +79,13 @@ def adjoint(
         else:
             scattered = grad_input.zero_() if image.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
 
-    sizes = launch.size(grad_output), launch.size(image), channels, maps, *launch.batches(grad_output, *images, *motions)
+    sizes = (
+        launch.size(grad_output),
+        launch.size(image),
+        channels,
+        maps,
+        *launch.batches(grad_output, *images, *motions),
+    )
     strides = launch.strides(grad_output), *map(launch.strides, images), *map(launch.parameter_strides, motions)
     constants = launch.constants(image, *images, grad_output, parameters=motions)
     far = launch.is_far(constants)

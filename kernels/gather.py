@@ -70,7 +70,7 @@ def gather_kernel(
             c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
             in_channels = (c < channels)[None, :]
             output = tl.zeros((lanes(BLOCK), BLOCK_C), COMPUTE)
-            for plane in range(1 if AXES == len(BLOCK) else TAPS):
+            for plane in range(1 if len(BLOCK) == AXES else TAPS):
                 last_taps = taps_along(
                     x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
                     WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, INDEX, ORDER,
@@ -79,9 +79,7 @@ def gather_kernel(
                     weights, slopes, _, pixel, inside, _ = corner(taps + last_taps, corner_id, TAPS, ORDER)
                     readable = (inside & mask)[:, None] & in_channels
                     weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
-                    output += weight[:, None] * load_block(
-                        input_ptr, pixel, c, input_strides, readable, INDEX, COMPUTE
-                    )
+                    output += weight[:, None] * load_block(input_ptr, pixel, c, input_strides, readable, INDEX, COMPUTE)
                     if INPUT_TANGENT:
                         output += product(weights)[:, None] * load_block(
                             input_tangent_ptr, pixel, c, input_tangent_strides, readable, INDEX, COMPUTE

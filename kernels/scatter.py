@@ -85,7 +85,7 @@ def scatter_kernel(
             grad_output = load_block(
                 grad_output_ptr, p, c, grad_output_strides, wanted[:, None] & in_channels, INDEX, COMPUTE
             )
-            for plane in range(1 if AXES == len(BLOCK) else TAPS):
+            for plane in range(1 if len(BLOCK) == AXES else TAPS):
                 last_taps = taps_along(
                     x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
                     WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, INDEX, ORDER,

@@ -68,7 +68,9 @@ def walk_kernel(
     grad_input = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
     if FOLDS:
         scattered_ptr += n * grad_input_strides[0]
-        grad_input = _load_channels(scattered_ptr, q, grad_input_strides, mask, channels, BLOCK_C, UNROLL, INDEX, COMPUTE)
+        grad_input = _load_channels(
+            scattered_ptr, q, grad_input_strides, mask, channels, BLOCK_C, UNROLL, INDEX, COMPUTE
+        )
 
     for k in range(maps):
         coefficients = LOAD(
@@ -131,7 +133,9 @@ def walk_kernel(
                     weight = product(weights)
                     if TANGENT:
                         curvatures = _along(x, position, WEIGHT_CURVATURE)
-                        t = tuples.where(hit, TRANSFORM_JVP(coefficients, tangents, u), tuples.zeros(len(BLOCK), (LANES,), COMPUTE))
+                        t = tuples.where(
+                            hit, TRANSFORM_JVP(coefficients, tangents, u), tuples.zeros(len(BLOCK), (LANES,), COMPUTE)
+                        )
                         weight = product_jvp(weights, slopes, t)
                     collected = _add_scaled(collected, weight, grad_output)
                     if NEED_PARAMETERS:

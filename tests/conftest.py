@@ -11,6 +11,8 @@ if DEVICE == "cpu":
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+import tri_stn  # noqa: E402
+
 if DEVICE == "cpu":
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -47,9 +49,10 @@ def backend(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(monkeypatch):
     """Fill every new tensor with NaN, so that an element that is never written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(tri_stn.ops, "is_deterministic", lambda: False)  # the usual road, all the same
     # The interpreter computes with numpy, which warns where a GPU quietly makes an infinity.
     with np.errstate(all="ignore"):
         yield

@@ -46,9 +46,19 @@ def affine(theta=THETA):
             lambda: tri_stn.warp(torch.empty(2, 3, 4, 2**24 + 1, device="meta"), affine(THETA.to("meta"))),
             ValueError, "needs fp64",
         ),
+        (lambda: tri_stn.splat(IMAGE, affine(), (0, 3)), ValueError, "at least one pixel"),
+        (lambda: tri_stn.splat(IMAGE[0], affine(), (4, 3)), ValueError, r"shape \(N, C, H, W\); got \(3, 4, 4\)"),
         (
-            lambda: tri_stn.warp(torch.rand(2, 3, 4, 4, 4), affine(torch.rand(2, 3, 4)), mode="bicubic"),
-            ValueError, "'bicubic' takes 1-D and 2-D",
+            lambda: tri_stn.splat(IMAGE, tri_stn.Affine(THETA[:, None].expand(2, 5, 2, 3)), (4, 3)),
+            ValueError, r"shape \(N, K = 5, C, H, W\)",
+        ),
+        (
+            lambda: tri_stn.splat(IMAGE, tri_stn.Grid(torch.rand(2, 3, 5, 2)), (4, 3)),
+            ValueError, r"an input of size \(3, 5\); got \(4, 4\)",
+        ),
+        (
+            lambda: tri_stn.splat(IMAGE, affine(), (4, 3), mode="bicubic", normalize=True),
+            ValueError, "weights of 'bicubic' have both signs",
         ),
         (lambda: tri_stn.Affine(THETA[0]), ValueError, r"\(N, 2, 3\) or \(N, K, 2, 3\).*got \(2, 3\)"),
         (lambda: tri_stn.Affine(THETA.mT), ValueError, r"got \(2, 3, 2\)"),

@@ -121,9 +121,7 @@ class _Backward(torch.autograd.Function):
         grad_output: Tensor, input: _Optional, parameters: Tensor,
         layout: tuple, needs: tuple[bool, bool], options: Options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return torch.ops.tri_stn.warp_backward(
-            grad_output, input, parameters, None, None, *layout, *needs, *options
-        )
+        return torch.ops.tri_stn.warp_backward(grad_output, input, parameters, None, None, *layout, *needs, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -151,9 +149,7 @@ class _Backward(torch.autograd.Function):
             grad_input, grad_parameters = _wanted(results, wants[1:])
         elif input_tangent is not None and wants[2]:
             needs = (False, True)
-            _, grad_parameters = _Backward.apply(
-                grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options
-            )
+            _, grad_parameters = _Backward.apply(grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options)
         return grad_grad, grad_input, grad_parameters, None, None, None
 
     @staticmethod
@@ -166,7 +162,8 @@ class _Backward(torch.autograd.Function):
         def add(results: Sequence[Tensor], which: Sequence[bool]) -> None:
             for i, result in enumerate(_wanted(results, which)):
                 if result is not None:
-                    sums[i] = result if sums[i] is None else sums[i] + result
+                    total = sums[i]
+                    sums[i] = result if total is None else total + result
 
         if grad_tangent is not None:
             add(_Backward.apply(grad_tangent, input, parameters, ctx.layout, ctx.needs, ctx.options), ctx.needs)
@@ -216,9 +213,7 @@ class _Change(torch.autograd.Function):
         ):
             needs = ctx.needs_input_grad[first : first + 2]
             if any(needs):
-                gradients = function.apply(
-                    grad_output, input, parameters, *directions, ctx.layout, needs, ctx.options
-                )
+                gradients = function.apply(grad_output, input, parameters, *directions, ctx.layout, needs, ctx.options)
                 results[first : first + 2] = _wanted(gradients, needs)
         return *results, None, None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def warp(
             f"size {size}. Leave size out."
         )
     if input.is_complex():
-        options = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
+        options: Any = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
         return torch.complex(*(warp(part, transform, size, **options) for part in (input.real, input.imag)))
 
     parameters, batch = _match_batch(input, transform.parameters, transform.batch)
@@ -123,7 +124,9 @@ def splat(
     dims, maps = transform.dims, tuple(transform.batch[1:])
     if input.dim() != dims + 2 + len(maps) or maps not in ((), tuple(input.shape[1:2])):
         shape = f"(N, {f'K = {maps[0]}, ' if maps else ''}C, {_axes(dims)})"
-        raise ValueError(f"This {dims}-D {type(transform).__name__} takes input of shape {shape}; got {tuple(input.shape)}.")
+        raise ValueError(
+            f"This {dims}-D {type(transform).__name__} takes input of shape {shape}; got {tuple(input.shape)}."
+        )
     size = _check_size(size, dims)
     if 0 in size:
         raise ValueError(f"size must have at least one pixel; got {size}.")
@@ -135,14 +138,14 @@ def splat(
         )
     if normalize and mode == "bicubic":
         raise ValueError("normalize takes mode 'bilinear' or 'nearest': the weights of 'bicubic' have both signs.")
-    options = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
+    options: Any = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
     if normalize:
         wide = torch.promote_types(input.real.dtype, torch.float32)  # a count of many, which 16 bits would round
         ones = torch.ones((), dtype=wide, device=input.device).expand(1, *maps, 1, *input.shape[-dims:])
-        weight = splat(ones, transform, size, **options)  # type: ignore[arg-type]
-        return (splat(input, transform, size, **options) / weight.where(weight > 0, 1)).to(input.dtype)  # type: ignore[arg-type]
+        weight = splat(ones, transform, size, **options)
+        return (splat(input, transform, size, **options) / weight.where(weight > 0, 1)).to(input.dtype)
     if input.is_complex():
-        return torch.complex(*(splat(part, transform, size, **options) for part in (input.real, input.imag)))  # type: ignore[arg-type]
+        return torch.complex(*(splat(part, transform, size, **options) for part in (input.real, input.imag)))
 
     batch = _common_batch(len(input), transform.batch[0])
     parameters = transform.parameters.expand(batch, *transform.parameters.shape[1:])

@@ -100,7 +100,7 @@ def _warp_backward(
         _backend(grad_output).adjoint(
             grad_input, grad_parameters, grad_output, input, parameters, input_tangent, parameters_tangent,
             kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            deterministic=is_deterministic(),
         )  # fmt: skip
     return gradients
 
@@ -143,6 +143,11 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def is_channels_last(image: Tensor) -> bool:
     """Whether channels lie next to each other in memory: kept in the output and its gradient."""
     return image.dim() in _CHANNELS_LAST and image.shape[1] > 1 and image.stride(1) == 1 and not image.is_contiguous()
+
+
+def is_deterministic() -> bool:
+    """Whether sums must not depend on the order in which programs run."""
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _backend(image: Tensor) -> ModuleType:

@@ -277,12 +277,13 @@ def adjoint(
         (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1),
     )  # fmt: skip
     for tensors in _same_batch(*together):
-        _adjoint(*tensors, sampling)
+        _adjoint(sampling, *tensors)
 
 
 def _adjoint(
+    sampling: _Sampling,
     grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
-    parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None, sampling: _Sampling,
+    parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
 ) -> None:  # fmt: skip
     image = grad_input if grad_input is not None else input
     assert image is not None
