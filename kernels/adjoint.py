@@ -57,7 +57,7 @@ def adjoint(
 
     dims, channels = image.dim() - 2, image.shape[1]
     layout = dims, channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
-    scatter_tile = tiling.scatter_tile(*layout, whole=dense and need_parameters)
+    scatter_tile = tiling.scatter_tile(*layout, whole=dense and need_parameters, fixed=deterministic)
     scatter_grid = scatter_tile.grid(batch * maps, channels, grad_output.shape[2:])
     walk_tile = tiling.walk_tile(*layout, tangent)
     walk_grid = walk_tile.grid(batch, channels, image.shape[2:])

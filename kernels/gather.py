@@ -105,7 +105,9 @@ def gather(
     parameters, parameters_tangent = launch.packed(dense, parameters, parameters_tangent)
     input_tangent = input if input_tangent is None else input_tangent
     images, motions = (input, input_tangent), (parameters, parameters_tangent)
-    tile = tiling.gather_tile(input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps)
+    tile = tiling.gather_tile(
+        input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps, flags["TANGENT"]
+    )
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
         output, *images, *motions,
         launch.size(output), launch.size(input), output.shape[1], parameters.shape[1],

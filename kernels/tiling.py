@@ -52,29 +52,29 @@ class Tile:
 _BLOCKS = {1: {32: (32,), 128: (128,)}, 2: {32: (8, 4), 128: (16, 8)}, 3: {32: (8, 2, 2), 128: (8, 4, 4)}}
 
 
-def gather_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int) -> Tile:
+def gather_tile(
+    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int, tangent: bool = False
+) -> Tile:
     """The tile of a program that owns output pixels and walks over channels."""
+    layout = dims, channels, channels_last, dtype
+    cap = 255 if tangent and dims == 3 else 128
     if channels_last:
-        return _tile(dims, channels, channels_last, dtype, most=64 if taps <= 2 else 32, per_program=256)
-    return _tile(dims, channels, channels_last, dtype, most=4 if taps <= 2 else 1, per_program=64)
+        return _tile(*layout, most=64 if taps <= 2 else 32, per_program=256, cap=cap)
+    return _tile(*layout, most=4 if taps <= 2 else 1, per_program=64, cap=cap)
 
 
-def scatter_tile(dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int, whole: bool) -> Tile:
+def scatter_tile(
+    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int, whole: bool, fixed: bool = False
+) -> Tile:
     """The tile of a program that owns output pixels and their gradients; it holds more than a gather.
 
-    `whole` gives each program all channels, where it is the one writer of its pixels' gradients.
+    `whole` gives each program all channels, where it is the one writer of its pixels' gradients;
+    `fixed` is for sums in 64-bit integers.
     """
+    layout = dims, channels, channels_last, dtype
     per_program = next_power_of_2(channels) if whole else 64
     most = (32 if taps <= 2 else 16) if channels_last else (4 if taps <= 2 else 1)
-    return _tile(
-        dims,
-        channels,
-        channels_last,
-        dtype,
-        most=most,
-        per_program=per_program,
-        cap=168 if taps <= 2 and dims <= 2 else 255,
-    )
+    return _tile(*layout, most, per_program, cap=168 if taps <= 2 and dims <= 2 and not fixed else 255)
 
 
 def walk_tile(
@@ -82,19 +82,13 @@ def walk_tile(
 ) -> Tile:
     """The tile of a program that owns input pixels and one block of channels."""
     # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
-    return _tile(
-        dims,
-        channels,
-        channels_last,
-        dtype,
-        most=32 if channels_last else 8,
-        per_program=0,
-        cap=128 if taps <= 2 and dims <= 2 and not tangent else 168,
-    )
+    most = 32 if channels_last else 8
+    steps = (taps > 2 or dims > 2) + tangent
+    return _tile(dims, channels, channels_last, dtype, most, per_program=0, cap=(128, 168, 255)[steps])
 
 
 def _tile(
-    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, most: int, per_program: int, cap: int = 128
+    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, most: int, per_program: int, cap: int
 ) -> Tile:
     # fp64 takes two registers a number: a quarter of the channels, and half the programs at a time.
     double = dtype == torch.float64

@@ -47,14 +47,14 @@ def affine(theta=THETA):
             ValueError, "needs fp64",
         ),
         (lambda: tri_stn.splat(IMAGE, affine(), (0, 3)), ValueError, "at least one pixel"),
-        (lambda: tri_stn.splat(IMAGE[0], affine(), (4, 3)), ValueError, r"shape \(N, C, H, W\); got \(3, 4, 4\)"),
+        (lambda: tri_stn.splat(IMAGE[0], affine(), (4, 3)), ValueError, r"shape \(N, C, H, W\); got \(3, 4, 5\)"),
         (
             lambda: tri_stn.splat(IMAGE, tri_stn.Affine(THETA[:, None].expand(2, 5, 2, 3)), (4, 3)),
             ValueError, r"shape \(N, K = 5, C, H, W\)",
         ),
         (
             lambda: tri_stn.splat(IMAGE, tri_stn.Grid(torch.rand(2, 3, 5, 2)), (4, 3)),
-            ValueError, r"an input of size \(3, 5\); got \(4, 4\)",
+            ValueError, r"an input of size \(3, 5\); got \(4, 5\)",
         ),
         (
             lambda: tri_stn.splat(IMAGE, affine(), (4, 3), mode="bicubic", normalize=True),

@@ -12,7 +12,7 @@ import tri_stn
 from tri_stn import ops
 from tri_stn.testing import Case
 
-OPTIONS = ("affine", [4, 5], "bilinear", "border", False)
+OPTIONS = ("affine", "bilinear", "border", False)
 
 
 def arguments(device, dtype=torch.float32, channels_last=False):
@@ -26,13 +26,14 @@ def arguments(device, dtype=torch.float32, channels_last=False):
 def test_opcheck(backend, dtype, channels_last):
     image, theta, grad = arguments(backend, dtype, channels_last)
     ops = torch.ops.tri_stn
-    torch.library.opcheck(ops.warp_forward.default, (image, theta, *OPTIONS))
-    shape, tail = list(image.shape), ("affine", "bilinear", "border", False)
-    for need_input, need_theta in ((True, True), (True, False), (False, True)):
-        kept = image if need_theta else None
-        args = (grad.reshape(-1, *grad.shape[2:]), kept, theta, shape, channels_last, *tail, need_input, need_theta)
-        torch.library.opcheck(ops.warp_backward.default, args)
-    torch.library.opcheck(ops.warp.default, (image.requires_grad_(), theta.requires_grad_(), *OPTIONS))
+    for tangents in ((None, None), (image, theta), (None, theta)):
+        torch.library.opcheck(ops.warp_forward.default, (image, theta, *tangents, [4, 5], *OPTIONS))
+        for needs in ((True, True), (True, False), (False, True)):
+            kept = image if needs[1] else None
+            args = (grad.flatten(0, 1), kept, theta, *tangents, list(image.shape[2:]), channels_last, *needs, *OPTIONS)
+            torch.library.opcheck(ops.warp_backward.default, args)
+    torch.library.opcheck(ops.warp.default, (image.requires_grad_(), theta.requires_grad_(), [4, 5], *OPTIONS))
+    torch.library.opcheck(ops.splat.default, (grad.flatten(0, 1).requires_grad_(), theta, [5, 4], *OPTIONS))
 
 
 def test_compile_with_dynamic_batch(backend):
@@ -102,11 +103,10 @@ def test_one_pass_allocates_nothing_the_size_of_an_image(dtype, layout, monkeypa
     image = torch.empty(2, 8, 256, 256, dtype=dtype, device=DEVICE).contiguous(memory_format=layout)
     theta = torch.empty(2, 1, 2, 3, device=DEVICE)
     with Allocations() as log:
-        output = ops._warp_forward(image, theta, "affine", image.shape[2:], "bilinear", "zeros", False)
-        ops._warp_backward(
-            output, image, theta, image.shape, layout == torch.channels_last,
-            "affine", "bilinear", "zeros", False, True, True,
-        )  # fmt: skip
+        options = "affine", "bilinear", "zeros", False
+        output = ops._warp_forward(image, theta, None, None, image.shape[2:], *options)
+        flags = layout == torch.channels_last, True, True
+        ops._warp_backward(output, image, theta, None, None, image.shape[2:], *flags, *options)
     sizes = sorted(t.numel() * t.element_size() for t in log.tensors)
     assert launches == ["gather_kernel", "walk_kernel"]
     assert sizes[-2:] == [image.numel() * image.element_size()] * 2, "the output and grad_input, once each"
