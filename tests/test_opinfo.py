@@ -18,7 +18,7 @@ import tri_stn
 from tri_stn.testing import Case
 
 pytest.importorskip("expecttest", reason="torch's own test code imports it")
-from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
+from torch.testing._internal.common_methods_invocations import op_db
 
 OPS = {op.name: op for op in op_db if op.name in ("nn.functional.grid_sample", "grid_sampler_2d", "grid_sampler_3d")}
 MODES = ("bilinear", "nearest", "bicubic")  # as ATen numbers them

@@ -81,7 +81,7 @@ def test_nearest_rounds_half_to_even(backend):
 
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_the_corners_of_the_grid_are_the_corners_of_the_image(backend, align_corners):
-    """(-1, -1) … (1, 1): centres of the corner pixels, or their outer corners, where a quarter of the weight is left."""
+    """(-1, -1) … (1, 1): centres of the corner pixels, or their outer corners, where a quarter is left."""
     image = torch.tensor([[[[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]]], device=backend)
     grid = torch.tensor([[[[-1.0, -1.0], [1.0, -1.0]], [[-1.0, 1.0], [1.0, 1.0]]]], device=backend)
     corners = torch.tensor([[[[1.0, 4.0], [8.0, 32.0]]]], device=backend)
@@ -115,7 +115,7 @@ def test_coordinates_that_are_nowhere(backend, mode, padding_mode, axes):
     if mode != "bicubic":
         assert output.min() >= image.min() and output.max() <= image.max()
     if padding_mode == "border":  # NaN reads pixel 0
-        assert (grad_grid[..., axes] == 0).all()
+        assert grad_grid[..., axes].abs().max() <= (1e-6 if mode == "bicubic" else 0)  # there, slopes that cancel
         clamped = grid.detach().nan_to_num(nan=-2.0).clamp(-2, 2)
         torch.testing.assert_close(output, F.grid_sample(image, clamped, mode, padding_mode, False))
 
