@@ -97,13 +97,14 @@ def measure(setting: Setting, width: int, provider: str, device: torch.device) -
     # Where rounding alone chooses between two slopes, either is right.
     grad = torch.where(near_discontinuity(case, theta).unsqueeze(1), 0, grad)
 
-    found = _gradients(lambda *t: _run(setting, provider, *t, size), image, theta, grad)
-    truth = _gradients(lambda *t: warp_truth(case, *t), image.double(), theta.double(), grad.double())
-    errors = []
-    for got, want in zip(found, truth, strict=True):
+    found = _gradients(lambda x, t: _run(setting, provider, x, t, size), image, theta, grad)
+    truth = _gradients(lambda x, t: warp_truth(case, x, t), image.double(), theta.double(), grad.double())
+    errors: dict[str, float] = {}
+    for name, got, want in zip(("output", "grad_input", "grad_theta"), found, truth, strict=True):
         error = (got.double() - want).abs() / want.abs().max()
-        errors += [error.max().item(), error.square().mean().sqrt().item()]
-    return Row(setting.name, width, provider, *errors, *_other_pixels(setting, width, provider, theta))
+        errors |= {f"{name}_max": error.max().item(), f"{name}_rms": error.square().mean().sqrt().item()}
+    forward, backward = _other_pixels(setting, width, provider, theta)
+    return Row(setting.name, width, provider, **errors, other_pixels_forward=forward, other_pixels_backward=backward)
 
 
 def _gradients(sample: Callable[..., Tensor], image: Tensor, theta: Tensor, grad: Tensor) -> tuple[Tensor, ...]:

@@ -1,9 +1,10 @@
 """PyTorch's own samples for its grid samplers (OpInfo), run on `tri_stn.grid_sample` and compared with torch.
 
-On the CPU path every sample runs in fp64, and all but the largest in other dtypes. Through the kernels,
-whose interpreter takes a good part of a second for each, a part of the smaller samples runs in fp64:
-every kind of sample (dimension, mode, padding, align_corners). Other dtypes are compared
-with torch in fp64 on the same numbers: torch's own 16-bit results on the CPU are no truth.
+On the CPU path all samples run but those of the largest volumes (two sizes of five in fp64, three in
+other dtypes), which take minutes on a busy machine. Through the kernels, whose interpreter takes a
+good part of a second for each, a part of the smaller samples runs in fp64: every kind of sample
+(dimension, mode, padding, align_corners). Dtypes other than fp64 are compared with torch in fp64 on
+the same numbers: torch's own 16-bit results on the CPU are no truth.
 """
 
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 OPS = {op.name: op for op in op_db if op.name in ("nn.functional.grid_sample", "grid_sampler_2d", "grid_sampler_3d")}
 MODES = ("bilinear", "nearest", "bicubic")  # as ATen numbers them
 PADDING_MODES = ("zeros", "border", "reflection")
-FEW, MANY, ALL = 400, 10_000, 2**31
-"""Numbers in the output of one image: what the interpreter gets through, and the fp64 truth."""
+FEW, MANY, MOST = 400, 10_000, 30_000
+"""Numbers in the output of one image: what the interpreter gets through, other dtypes, and fp64 on the CPU path."""
 
 
 def samples(name: str, device: str, dtype: torch.dtype, most: int) -> Iterator[tuple[Tensor, Tensor, dict]]:
@@ -71,7 +72,7 @@ def not_deterministic(poisoned_memory):
 
 @pytest.mark.parametrize("name", OPS)
 def test_values_and_gradients_are_torchs(backend, name, not_deterministic):
-    for input, grid, options in samples(name, backend, torch.float64, FEW if is_interpreted(backend) else ALL):
+    for input, grid, options in samples(name, backend, torch.float64, FEW if is_interpreted(backend) else MOST):
         output = tri_stn.grid_sample(input, grid, **options)
         expected = F.grid_sample(input, grid, **options)
         torch.testing.assert_close(output, expected)

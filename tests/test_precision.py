@@ -14,6 +14,12 @@ from bench.__main__ import main
 ROUNDED = [s for s in precision.SETTINGS if s.name != "fp32"]
 
 
+@pytest.fixture(autouse=True)
+def cpu_path(monkeypatch):
+    """Not the interpreter, which would take minutes for images of these widths."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.mark.parametrize("width", [64, 200])
 @pytest.mark.parametrize("setting", ROUNDED, ids=lambda s: s.name)
 def test_no_16_bit_error_is_above_that_of_torch(setting, width):
