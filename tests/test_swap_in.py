@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import DEVICE
 from test_warp import MODES, OPTIONS, PADDING_MODES
@@ -282,6 +283,18 @@ def test_what_does_not_fit_is_torchs_error_and_ours(input, grid, says):
     for error in (RuntimeError, ValueError):
         with pytest.raises(error, match=says or "Expected all tensors to be on the same device; got .* cpu .* meta"):
             tri_stn.grid_sample(input, grid, align_corners=False)
+
+
+def test_checks_do_not_pin_sizes_under_compile():
+    """One graph for all sizes: a message made before it is needed would make each of them a constant."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(tri_stn.grid_sample, fullgraph=True, dynamic=True, backend=counter)
+    for n, height, width in ((5, 7, 8), (6, 5, 9), (9, 8, 7)):  # unlike each other: equal sizes share a symbol
+        input, grid = random(n, 3, height, width, device="cpu"), random(n, width + 4, height + 4, 2, device="cpu")
+        expected = F.grid_sample(input, grid, align_corners=False)
+        torch.testing.assert_close(compiled(input, grid, align_corners=False), expected)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("argument", ["mode", "padding_mode"])

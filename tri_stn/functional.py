@@ -182,28 +182,27 @@ def _check_grid(input: object, grid: object) -> None:
     if not isinstance(input, Tensor) or not isinstance(grid, Tensor):
         return  # for the transform and `warp` to refuse
     dims = input.dim() - 2
-    given = f"got input of shape {tuple(input.shape)} and grid of shape {tuple(grid.shape)}"
     if grid.device != input.device:
         raise _MismatchError(
             f"Expected all tensors to be on the same device; got input on {input.device} and grid on {grid.device}. "
             "Move one of them with .to()."
         )
-    if tuple(grid.shape[-1:]) != (dims,):
-        raise _MismatchError(
-            f"expected grid to have size {dims} in last dimension, one coordinate for each spatial dimension of the "
-            f"input; {given}. Images are (N, C, *size), grids (N, *size, d)."
+    if grid.dim() == 0 or grid.shape[-1] != dims:
+        problem = f"expected grid to have size {dims} in last dimension, one for each spatial one of the input"
+    elif dims not in (1, 2, 3) or grid.dim() not in (dims + 2, dims + 3):
+        problem = (
+            "expected 3D, 4D or 5D input and grid with same number of dimensions, or one more for K grids per image"
         )
-    if dims not in (1, 2, 3) or grid.dim() not in (dims + 2, dims + 3):
-        raise _MismatchError(
-            "expected 3D, 4D or 5D input and grid with same number of dimensions (the grid may have one more, for K "
-            f"grids per image); {given}."
-        )
-    if input.shape[0] != grid.shape[0] and input.shape[0] != 1 and grid.shape[0] != 1:
-        raise _MismatchError(f"expected grid and input to have same batch size, or either of them 1; {given}.")
-    if 0 in input.shape[2:]:
-        raise _MismatchError(
-            f"expected input to have non-empty spatial dimensions; {given}. There is no pixel to read."
-        )
+    elif input.shape[0] != grid.shape[0] and input.shape[0] != 1 and grid.shape[0] != 1:
+        problem = "expected grid and input to have same batch size, or either of them 1"
+    elif 0 in input.shape[2:]:
+        problem = "expected input to have non-empty spatial dimensions"
+    else:
+        return
+    raise _MismatchError(
+        f"{problem}; got input of shape {tuple(input.shape)} and grid of shape {tuple(grid.shape)}. "
+        "Images are (N, C, *size), grids (N, *output_size, d)."
+    )
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
