@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench``, ``python -m bench gpu``, ``python -m bench resources``."""
+"""The command line: ``python -m bench``, and after it ``gpu``, ``resources`` or ``precision``."""
 
 from __future__ import annotations
 
@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     resources.add_argument("--kernel", action="append", choices=kernels, help="only these kernels")
     dtypes = ("float32", "bfloat16", "float16", "float64")
     resources.add_argument("--dtype", action="append", choices=dtypes, help="default: float32 and bfloat16")
+
+    precision = commands.add_parser("precision", help="error against fp64 by dtype and image width, beside torch's")
+    precision.set_defaults(main=_precision)
+    precision.add_argument("--width", action="append", type=int, metavar="PIXELS", help="only these image widths")
+    precision.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    precision.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    precision.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
     return parser
 
 
@@ -177,6 +184,28 @@ def _resources(arguments: argparse.Namespace) -> int:
         write_whole(arguments.json, resources.to_json(rows) + "\n")
     columns = [field.name for field in fields(resources.Resources)]
     print(table(columns, ([_cell(getattr(row, column)) for column in columns] for row in rows)))
+    return 0
+
+
+def _precision(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import precision
+    from .report import markdown, table, track
+    from .results import device_name, write_whole
+
+    widths = tuple(arguments.width or precision.WIDTHS)
+    if min(widths) < 2:
+        return _refuse(f"--width takes at least 2 pixels; got {min(widths)}.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return _refuse("There is no CUDA device that torch can use here.")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = list(track(precision.measure_all(device, widths), precision.count(widths), "precision"))
+    name = f"{device_name(device)} ({device.type}), torch {torch.__version__}"
+    if arguments.json:
+        write_whole(arguments.json, precision.to_json(rows, name) + "\n")
+    print(f"Measured on {name}. Errors are relative to the largest number of each tensor in fp64.\n")
+    print((markdown if arguments.markdown else table)(precision.HEADERS, map(precision.cells, rows)))
     return 0
 
 

@@ -23,6 +23,12 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(map(line, [list(headers), ["─" * w for w in widths], *cells]))
 
 
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The same as a Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def track(items: Iterable[T], total: int, title: str) -> Iterator[T]:
     """Pass the items on, showing how many of them have come: a bar in a terminal with rich, lines elsewhere."""
     if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -97,6 +98,14 @@ def test_editable_install_maps_the_kernels():
     """This test runs on one, or on an installed copy: either way from a folder named kernels, or from the wheel."""
     code = "import tri_stn.kernels, pathlib; print(pathlib.Path(tri_stn.kernels.__file__).parent.name)"
     assert python(code, "/") == "kernels"
+
+
+def test_readme_names_tests_that_exist():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "README.md").read_text())
+    assert len(named) >= 20
+    for file, name in named:
+        functions = {n.name for n in ast.parse((ROOT / file).read_text()).body if isinstance(n, ast.FunctionDef)}
+        assert name in functions, f"README.md names {file}::{name}, which does not exist"
 
 
 def imports(file):

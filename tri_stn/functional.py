@@ -178,7 +178,8 @@ def grid_sample(
         align_corners: as in `warp`; None means False, with torch's warning.
 
     Raises:
-        TypeError, ValueError: as `warp`.
+        TypeError, ValueError: as `warp`; where sizes or devices do not fit, an error that is torch's
+            RuntimeError as well, in torch's words.
     """
     if align_corners is None:
         warnings.warn(
@@ -188,6 +189,7 @@ def grid_sample(
             stacklevel=2,
         )
         align_corners = False
+    _check_grid(input, grid)
     return warp(input, Grid(grid), mode=mode, padding_mode=padding_mode, align_corners=align_corners)
 
 
@@ -243,9 +245,41 @@ def _check_input(input: Tensor) -> None:
         raise TypeError(f"input must be a dense tensor; got layout {input.layout}. Convert it with .to_dense().")
 
 
+class _MismatchError(ValueError, RuntimeError):
+    """Arguments of `grid_sample` that do not fit together: a ValueError here, a RuntimeError in torch."""
+
+
+def _check_grid(input: object, grid: object) -> None:
+    """What `F.grid_sample` refuses, with the phrases that code written for it may look for."""
+    if not isinstance(input, Tensor) or not isinstance(grid, Tensor):
+        return  # for the transform and `warp` to refuse
+    dims = input.dim() - 2
+    if grid.device != input.device:
+        raise _MismatchError(
+            f"Expected all tensors to be on the same device; got input on {input.device} and grid on {grid.device}. "
+            "Move one of them with .to()."
+        )
+    if grid.dim() == 0 or grid.shape[-1] != dims:
+        problem = f"expected grid to have size {dims} in last dimension, one for each spatial one of the input"
+    elif dims not in (1, 2, 3) or grid.dim() not in (dims + 2, dims + 3):
+        problem = (
+            "expected 3D, 4D or 5D input and grid with same number of dimensions, or one more for K grids per image"
+        )
+    elif input.shape[0] != grid.shape[0] and input.shape[0] != 1 and grid.shape[0] != 1:
+        problem = "expected grid and input to have same batch size, or either of them 1"
+    elif 0 in input.shape[2:]:
+        problem = "expected input to have non-empty spatial dimensions"
+    else:
+        return
+    raise _MismatchError(
+        f"{problem}; got input of shape {tuple(input.shape)} and grid of shape {tuple(grid.shape)}. "
+        "Images are (N, C, *size), grids (N, *output_size, d)."
+    )
+
+
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but got: {value!r}.")
 
 
 def _check_size(size: Sequence[int], dims: int) -> tuple[int, ...]:

@@ -91,7 +91,8 @@ class _Dense(Transform):
         argument = fields(self)[0].name
         field = _check_floating(self.parameters, type(self).__name__, argument)
         dims = field.shape[-1] if field.dim() else 0
-        if dims not in (1, 2, 3) or field.dim() not in (dims + 2, dims + 3):
+        # Not with `in`, which is false under torch.compile where the size is a symbol.
+        if not 1 <= dims <= 3 or not dims + 2 <= field.dim() <= dims + 3:
             raise ValueError(
                 f"{type(self).__name__} takes {argument} of shape (N, *size, d) or (N, K, *size, d) for d-dimensional "
                 f"images, d = 1, 2 or 3; got {tuple(field.shape)}."

@@ -1,0 +1,80 @@
+"""Training in several processes: DistributedDataParallel over gloo, on the CPU path."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tri_stn
+
+PROCESSES = 2
+SECONDS = 60
+"""After which a process that waits for another gives up."""
+
+
+class SpatialTransformer(nn.Module):
+    """The smallest network that has all the parts: localisation, sampler, and something that learns from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.localisation = nn.Linear(1 * 6 * 7, 6)
+        self.localisation.weight.data.mul_(0.1)
+        self.localisation.bias.data.copy_(torch.eye(2, 3).flatten())
+        self.head = nn.Linear(1 * 4 * 5, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        theta = self.localisation(image.flatten(1)).unflatten(1, (2, 3))
+        return self.head(tri_stn.warp(image, tri_stn.Affine(theta), (4, 5)).flatten(1))
+
+
+def train(rank: int, processes: int) -> nn.Module:
+    """Two steps on this process' part of a batch; the model after them."""
+    torch.manual_seed(0)
+    images, labels = torch.rand(8, 1, 6, 7, dtype=torch.float64), torch.rand(8, 3, dtype=torch.float64)
+    model = SpatialTransformer().double()
+    trained = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.5, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.mse_loss(trained(images[rank::processes]), labels[rank::processes]).backward()
+        optimizer.step()
+    return model
+
+
+def run_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES,
+        timeout=timedelta(seconds=SECONDS),
+    )  # fmt: skip
+    try:
+        torch.save(train(rank, PROCESSES).state_dict(), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+def test_processes_with_half_a_batch_each_learn_what_one_learns(backend, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # a host's own name need not lead anywhere
+    context = torch.multiprocessing.start_processes(
+        run_process, (str(tmp_path),), nprocs=PROCESSES, join=False, daemon=True, start_method="spawn"
+    )
+    try:
+        waits = 0
+        while not context.join(timeout=5):  # raises what a process raised
+            waits += 1
+            assert waits < SECONDS // 5, "the processes are still not done"
+    finally:
+        for process in context.processes:
+            process.kill()
+    expected = train(0, 1).state_dict()
+    assert not torch.allclose(expected["localisation.bias"], torch.eye(2, 3, dtype=torch.float64).flatten(), atol=1e-4)
+    for rank in range(PROCESSES):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected)

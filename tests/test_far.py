@@ -1,0 +1,63 @@
+"""Tensors that reach beyond 2**31 elements: the same pixels, far apart in a sparse file that costs nothing."""
+
+import itertools
+
+import pytest
+import torch
+from test_swap_in import expect_wrong_grid_gradient
+from torch import Tensor
+
+import tri_stn
+
+FAR = 2**31 + 8
+"""Elements between neighbours: one more than 32-bit offsets can take."""
+
+
+@pytest.fixture
+def far_apart(tmp_path):
+    """A function that lays a small fp16 tensor out with neighbours along one dimension FAR elements apart."""
+    numbers = itertools.count()
+
+    def lay_out(tensor: Tensor, along: int) -> Tensor:
+        # An offset that wraps around lands 2 ** 31 before the first element: on zeros, not outside the file.
+        before, reach = 2**31, (tensor.shape[along] - 1) * FAR + tensor.numel()
+        path = tmp_path / str(next(numbers))
+        with path.open("wb") as file:
+            file.truncate(2 * (before + reach))  # its pages come into being when they are written
+        memory = torch.from_file(str(path), shared=True, size=before + reach, dtype=torch.float16)
+        strides = list(tensor.stride())
+        strides[along] = FAR
+        view = memory.as_strided(tensor.shape, strides, before)
+        view.copy_(tensor)
+        blocks = path.stat().st_blocks * 512
+        assert blocks < 2**22, f"the file system gave a sparse file {blocks} bytes"
+        return view
+
+    return lay_out
+
+
+def results(input: Tensor, transform: type, parameters: Tensor, grad: Tensor) -> list[Tensor]:
+    input, parameters = input.detach().requires_grad_(), parameters.detach().requires_grad_()
+    output = tri_stn.warp(input, transform(parameters), grad.shape[2:], padding_mode="border")
+    return [output, *torch.autograd.grad(output, (input, parameters), grad)]
+
+
+@pytest.mark.parametrize("transform", [tri_stn.Affine, tri_stn.Grid], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("along", [0, 1, 2, 3], ids=["images", "channels", "rows", "columns"])
+def test_elements_beyond_2_to_the_31(backend, far_apart, along, transform, request):
+    """Image, output's gradient and, if it is one number per pixel, the map: the same results as close together."""
+    if backend == "cuda":
+        pytest.skip("a file cannot stand in for a GPU's memory")
+    torch.manual_seed(0)
+    image, grad = torch.rand(2, 2, 3, 2).half(), torch.rand(2, 2, 2, 3).half()
+    dense = transform is tri_stn.Grid
+    parameters = (torch.rand(2, 2, 3, 2) * 2 - 1 if dense else torch.eye(2, 3) * torch.rand(2, 2, 3)).half()
+    tensors = [image, parameters, grad]
+    expected = results(image.to(backend), transform, parameters.to(backend), grad.to(backend))
+    far = [far_apart(t, along) if dense or t is not parameters else t for t in tensors]
+    if dense:
+        expect_wrong_grid_gradient(request, far[1])
+    actual = results(far[0], transform, *far[1:])
+    assert max(t.untyped_storage().nbytes() for t in actual) < 1000  # nothing that is allocated is far apart
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want)
