@@ -203,15 +203,19 @@ def grid_load(
     parameters_ptr, strides, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
-    """An explicit grid, (*size, d), normalised → each lane's source pixel."""
+    """An explicit grid, (*size, d), normalised → each lane's source pixel, in ATen's expression: a grid
+    that lands on a pixel there lands on it here.
+    """
     x = ()
     for axis in tl.static_range(len(p)):
         value = _load_component(parameters_ptr, strides, p, mask, axis, COMPUTE, INDEX)
         per_unit = pixels_per_unit(input_size[axis], ALIGN_CORNERS, COMPUTE)
         if TANGENT:
             x = x + (value * per_unit,)
+        elif ALIGN_CORNERS:
+            x = x + ((value + 1) * per_unit,)
         else:
-            x = x + (tl.fma(value, per_unit, middle(input_size[axis], COMPUTE)),)
+            x = x + (tl.fma(value + 1, per_unit, -0.5),)
     return x
 
 
@@ -235,14 +239,14 @@ def displacement_load(
 
     The identity is added here, in fp32: a 16-bit field loses nothing of it.
     """
-    x = grid_load(parameters_ptr, strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
+    x = grid_load(parameters_ptr, strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True)
     if not TANGENT:
         field = x
         u = centred(p, output_size, COMPUTE)
         x = ()
         for axis in tl.static_range(len(p)):
             scale = _affine_scale(input_size, output_size, axis, axis, ALIGN_CORNERS, COMPUTE)
-            x = x + (tl.fma(u[axis], scale, field[axis]),)
+            x = x + (tl.fma(u[axis], scale, middle(input_size[axis], COMPUTE)) + field[axis],)
     return x
 
 

@@ -94,7 +94,6 @@ def test_other_dtypes_are_as_exact_as_they_can_be(backend, name, dtype, not_dete
         compare(case, input, grid, numbers_like(input.new_empty(*input.shape[:2], *case.size), seed=1))
 
 
-@pytest.mark.xfail(strict=True, reason="second derivatives are not implemented yet")
 @pytest.mark.parametrize("name", OPS)
 def test_second_derivatives_are_torchs(backend, name):
     for input, grid, options in samples(name, backend, torch.float64, FEW):
@@ -103,7 +102,6 @@ def test_second_derivatives_are_torchs(backend, name):
             torch.testing.assert_close(got, want)
 
 
-@pytest.mark.xfail(strict=True, reason="second derivatives are not implemented yet")
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)
 @pytest.mark.parametrize("name", OPS)
 def test_second_derivatives_are_the_slopes_of_the_first(backend, name):

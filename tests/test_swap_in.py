@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from conftest import DEVICE
 from test_warp import MODES, OPTIONS, PADDING_MODES
 from torch import Tensor
 
@@ -73,17 +72,13 @@ def test_ties_in_volumes(backend, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [o for o in OPTIONS if "nearest" not in o.id])
-def test_edges_of_five_pixels(backend, options, dtype, request):
+def test_edges_of_five_pixels(backend, options, dtype):
     """±0.8 is a pixel's centre on paper; how (x + 1) * 5 - 1 rounds decides which neighbour it has."""
-    plain = tuple(options.values()) == ("bilinear", "zeros", False)
-    if plain and request.node.callspec.params["backend"] == "reference":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="reference.grid rounds the product of its own"))
     edges = torch.tensor([-1, -0.8, 0.8, 1], dtype=dtype, device=backend)
     grid = torch.stack(torch.meshgrid(edges, edges, indexing="xy"), -1)[None]
     assert_same_as_torch(random(1, 1, 5, 5, device=backend, dtype=dtype), grid, **options)
 
 
-@pytest.mark.xfail(strict=DEVICE == "cpu", reason="coordinates of a grid are rounded otherwise than ATen's")
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_identity_grids_have_torchs_slopes(backend, align_corners):
     """From F.affine_grid: every sample is on a pixel, or a rounding beside it, and torch's rounding picks the slope."""
@@ -165,30 +160,20 @@ def reordered(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     return tensor.permute(order).contiguous().permute(inverse)
 
 
-def expect_wrong_grid_gradient(request: pytest.FixtureRequest, grid: Tensor) -> None:
-    """The reference writes the gradient of a grid whose rows do not follow each other into a copy."""
-    *rows, last = zip(grid.shape[1:-1], grid.stride()[1:-1], strict=True)
-    follow = all(a[1] == b[0] * b[1] for a, b in itertools.pairwise([*rows, last]) if a[0] > 1)
-    if request.node.callspec.params["backend"] == "reference" and not follow:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="reference.grid_vjp fills a copy"))
-
-
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))), ids=lambda o: "".join(map(str, o)))
-def test_any_order_of_dimensions_in_memory(backend, order, request):
+def test_any_order_of_dimensions_in_memory(backend, order):
     """Input, grid and the gradient of the output, each in an order of its own."""
     input, grid = random(2, 2, 4, 3, device=backend), random(2, 2, 5, 2, device=backend, seed=1)
     grad = random(2, 2, 2, 5, device=backend, seed=2)
     input, grid, grad = reordered(input, order), reordered(grid, order[::-1]), reordered(grad, order[1:] + order[:1])
-    expect_wrong_grid_gradient(request, grid)
     assert_same_as_torch(input, grid, grad, align_corners=False)
 
 
 @pytest.mark.parametrize("order", [(4, 3, 2, 1, 0), (1, 0, 4, 2, 3), (0, 2, 3, 4, 1)], ids=str)
-def test_any_order_of_a_volumes_dimensions_in_memory(backend, order, request):
+def test_any_order_of_a_volumes_dimensions_in_memory(backend, order):
     input, grid = random(2, 2, 3, 4, 3, device=backend), random(2, 1, 2, 3, 3, device=backend, seed=1)
     grad = random(2, 2, 1, 2, 3, device=backend, seed=2)
     input, grid, grad = (reordered(t, order) for t in (input, grid, grad))
-    expect_wrong_grid_gradient(request, grid)
     assert_same_as_torch(input, grid, grad, align_corners=False)
 
 

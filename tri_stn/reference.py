@@ -118,8 +118,13 @@ def dense_load_vjp(grad: Tensor, input_size: Sequence[int], size: Sequence[int],
 
 def grid(field: Tensor, pixels: _Pixels) -> list[Tensor]:
     """An explicit grid, (M, K, *size, d), normalised → source pixel coordinates, d × (M, K, P)."""
-    scaled = grid_jvp(field, field, pixels)
-    return [x + (n - 1) / 2 for x, n in zip(scaled, pixels.input_size, strict=True)]
+    values = _read_field(field, pixels) + 1
+    x = []
+    for axis, n in enumerate(pixels.input_size):
+        per_unit = torch.full_like(values[..., axis], _pixels_per_unit(n, pixels.align_corners))
+        edge = torch.full_like(per_unit, 0.0 if pixels.align_corners else -0.5)
+        x.append(torch.addcmul(edge, values[..., axis], per_unit))  # fused, as ATen's
+    return x
 
 
 def grid_jvp(field: Tensor, tangents: Tensor, pixels: _Pixels) -> list[Tensor]:
@@ -133,8 +138,9 @@ def grid_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
 
 def displacement(field: Tensor, pixels: _Pixels) -> list[Tensor]:
     """The identity and a field, (M, K, *size, d), normalised; the sum is made in fp32."""
-    scale, _ = _affine_scale(pixels.u[0], pixels.input_size, pixels.size, pixels.align_corners)
-    return [x + u * scale[a, a] for a, (x, u) in enumerate(zip(grid(field, pixels), pixels.u, strict=True))]
+    scale, middle = _affine_scale(pixels.u[0], pixels.input_size, pixels.size, pixels.align_corners)
+    moved = grid_jvp(field, field, pixels)
+    return [u * scale[a, a] + middle[a] + x for a, (x, u) in enumerate(zip(moved, pixels.u, strict=True))]
 
 
 def _read_field(field: Tensor, pixels: _Pixels) -> Tensor:
@@ -291,10 +297,11 @@ def _adjoint(
     grad_image = None
     if grad_input is not None:  # accumulated where it is wanted, if its dtype can hold sums
         grad_image = grad_input.zero_() if grad_input.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
-    grad_coefficients = torch.zeros_like(parameters, dtype=compute)
-    order = int(grad_parameters is not None)
-    for chunk in sampling.chunks(grad_output.shape, image, parameters, parameters_tangent, order):
-        grad = grad_output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop].to(compute)
+    grad_coefficients = torch.zeros(parameters.shape, dtype=compute, device=parameters.device)
+    order, size = int(grad_parameters is not None), grad_output.shape
+    grad_output = grad_output.flatten(2)  # a copy of rows that don't follow each other
+    for chunk in sampling.chunks(size, image, parameters, parameters_tangent, order):
+        grad = grad_output[:, :, chunk.pixels.start : chunk.pixels.stop].to(compute)
         grad = grad.unflatten(0, parameters.shape[:2]).transpose(1, 2)  # (M, C, K, P)
         grad_x = [torch.zeros_like(x) for x in chunk.x]
         for corner in chunk.corners():
@@ -318,7 +325,7 @@ def _adjoint(
     if grad_input is not None and grad_image is not None and grad_image is not grad_input:
         grad_input.copy_(grad_image)
     if grad_parameters is not None:
-        sizes = tuple(reversed(image.shape[2:])), tuple(reversed(grad_output.shape[2:]))
+        sizes = tuple(reversed(image.shape[2:])), tuple(reversed(size[2:]))
         grad_parameters.copy_(sampling.transform.load_vjp(grad_coefficients, *sizes, sampling.align_corners))
 
 
