@@ -1,0 +1,274 @@
+"""The affine grid that waits: a tensor that keeps theta and becomes a grid only if somebody looks.
+
+A sampler that knows it reads theta. Anything else that code may do with it goes one of two ways:
+
+- a call from Python on it turns it, in place, into the ordinary tensor, and then goes ahead;
+- C++ that gets hold of it (`autograd.Function.apply`, a graph that saved it) works on its ordinary
+  values, through ``__torch_dispatch__``. Its own node in autograd's graph leads to theta.
+
+Once it is touched it stays ordinary: a view of it may be edited at any time.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_iter, tree_map_only
+
+# As torch has them, whatever `fuse` or anybody else puts in their place later.
+_affine_grid, _affine_grid_generator = F.affine_grid, torch.affine_grid_generator
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_lock = threading.RLock()
+
+
+def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
+    """`torch.nn.functional.affine_grid`, without storing the grid.
+
+    `tri_stn.grid_sample` (and torch's, inside `fuse`) takes the grid as `warp` takes ``Affine(theta)``.
+    For all other code it is an ordinary tensor: its shape, dtype and device are known, and any
+    other use computes the values that theta had at the time of this call, with gradients to theta.
+
+    Args:
+        theta: (N, 2, 3) or (N, 3, 4), floating-point. Beyond torch: (N, 1, 2) for 1-D images.
+        size: (N, C, [D,] [H,] W) of the output.
+        align_corners: as in `warp`; None means False, with torch's warning.
+
+    Returns:
+        (N, [D,] [H,] W, d), normalised, x first. Where nothing can be saved it is computed at once: under
+        `torch.compile`, `torch.func` and `torch.jit.trace`, and for subclasses of tensors.
+
+    Raises:
+        ValueError, NotImplementedError: as torch's own.
+    """
+    align_corners = check_align_corners(align_corners, stacklevel=3)
+    if _fits(theta, size, align_corners):
+        if is_plain(theta):
+            return LazyGrid.of(theta, tuple(size), align_corners)
+        if len(size) == 3:
+            return _ordinary_grid(theta, size, align_corners)
+    return _affine_grid(theta, size, align_corners)  # type: ignore[arg-type]
+
+
+def check_align_corners(align_corners: bool | None, stacklevel: int) -> bool:
+    """None becomes False, with the warning that torch gives."""
+    if align_corners is None:
+        warnings.warn(
+            "Default grid_sample and affine_grid behavior has changed to align_corners=False since 1.3.0. "
+            "Please specify align_corners=True if the old behavior is desired. See the documentation of grid_sample "
+            "for details.",
+            stacklevel=stacklevel,
+        )
+        return False
+    return align_corners
+
+
+def is_plain(*tensors: object) -> bool:
+    """Whether these are tensors of torch's own classes, and nothing is tracing or transforming."""
+    return not (
+        torch.compiler.is_compiling()  # first: for Dynamo the rest does not exist
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
+
+
+def _fits(theta: object, size: object, align_corners: object) -> bool:
+    """Whether torch would take these arguments without an error or a warning; or they are 1-D."""
+    if not isinstance(theta, Tensor) or not isinstance(size, (tuple, list)) or len(size) not in (3, 4, 5):
+        return False
+    if any(type(s) is not int or s <= 0 for s in size) or not isinstance(align_corners, bool):
+        return False
+    dims = len(size) - 2
+    if theta.layout != torch.strided or not theta.is_floating_point() or theta.shape != (size[0], dims, dims + 1):
+        return False
+    return dims == 1 or not (align_corners and 1 in size[2:])  # which torch warns about
+
+
+def _ordinary_grid(theta: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """The grid as torch computes it, (N, *size, d); a line is the middle row of a picture of height 1."""
+    if len(size) > 3:
+        return _affine_grid_generator(theta, size, align_corners)
+    x, shift = theta.unbind(-1)
+    rows = torch.stack([torch.stack([x, 0 * x, shift], -1), torch.zeros_like(theta[:, :, [0, 0, 0]])], -2)
+    return _affine_grid_generator(rows.flatten(1, 2), (*size[:2], 1, size[2]), align_corners)[:, 0, :, :1]
+
+
+@dataclass
+class Recipe:
+    """What a lazy grid is made of."""
+
+    theta: Tensor
+    """A copy, as theta may be edited in place: a few numbers per image. Its graph leads to theta."""
+    size: tuple[int, ...]
+    """(N, C, *size), as given."""
+    align_corners: bool
+    dtype: torch.dtype
+    """The grid's: under autocast torch computes it in 16 bits."""
+    requires_grad: bool
+    values: Tensor | None = None
+    """The grid, below autograd, once C++ has asked for it."""
+
+    def ordinary(self) -> Tensor:
+        """The grid with its gradient, as the ordinary call would have given it then and there."""
+        device = self.theta.device.type
+        autocast = self.dtype != self.theta.dtype
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(self.requires_grad),
+            torch.autocast(device, self.dtype if autocast else None, enabled=autocast),
+        ):
+            if not torch._C._are_functorch_transforms_active():
+                return _ordinary_grid(self.theta, self.size, self.align_corners)
+            # It was made outside of the transform and will outlive it.
+            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+            with temporarily_clear_interpreter_stack():
+                return _ordinary_grid(self.theta, self.size, self.align_corners)
+
+
+class LazyGrid(Tensor):
+    """An affine grid without storage, until it is touched."""
+
+    recipe: Recipe
+    samplers: dict[Callable, Callable] = {}  # noqa: RUF012  a subclass of Tensor takes no ClassVar
+    """torch's samplers and what runs in their place on a lazy grid; filled by `fuse`."""
+
+    @staticmethod
+    def of(theta: Tensor, size: tuple[int, ...], align_corners: bool) -> LazyGrid:
+        device, dtype = theta.device.type, theta.dtype
+        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        copy = theta.clone()
+        recipe = Recipe(copy, size, align_corners, dtype, copy.requires_grad)
+        return _Make.apply(copy, recipe) if copy.requires_grad else _wrapper(recipe)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _KNOWN:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in cls.samplers:
+            return cls.samplers[func](*args, **kwargs)
+        if func in _CONVERSIONS and type(args[0]) is cls and _changes_nothing(func, *args, **kwargs):
+            return args[0]
+        for grid in tree_iter((args, kwargs)):
+            if type(grid) is cls:
+                settle(grid)
+        if func in _OF_THE_OBJECT:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        args, kwargs = tree_map_only(cls, _view, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        grids = [x for x in tree_iter((args, kwargs)) if type(x) is cls]
+        args, kwargs = tree_map_only(cls, _values, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        for grid in grids:
+            if result is grid.recipe.values:  # edited in place
+                return grid
+        return result
+
+
+def settle(grid: Tensor) -> None:
+    """Turn a lazy grid into the ordinary tensor: the same object, from now on of torch's own class."""
+    with _lock, torch._C.DisableTorchFunctionSubclass():
+        if type(grid) is not LazyGrid or grid.recipe.values is not None:
+            return
+        ordinary = grid.recipe.ordinary()
+        recipe, attributes = grid.recipe, {k: v for k, v in vars(grid).items() if k != "recipe"}
+        try:
+            torch.utils.swap_tensors(grid, ordinary)
+        except RuntimeError:  # a graph or a weak reference holds on to it: it stays what it is, with values
+            recipe.values = ordinary.detach()
+        else:
+            vars(grid).update(attributes)
+
+
+def _values(grid: LazyGrid) -> Tensor:
+    with _lock:
+        if grid.recipe.values is None:
+            grid.recipe.values = grid.recipe.ordinary().detach()
+        return grid.recipe.values
+
+
+def _view(grid: Tensor) -> Tensor:
+    """What stands for a grid that could not become ordinary: edits and gradients pass through a view."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.ops.aten.alias(grid)
+
+
+def _wrapper(recipe: Recipe) -> LazyGrid:
+    shape = (recipe.size[0], *recipe.size[2:], len(recipe.size) - 2)
+    grid = Tensor._make_wrapper_subclass(LazyGrid, shape, dtype=recipe.dtype, device=recipe.theta.device)
+    grid.recipe = recipe
+    return grid
+
+
+class _Make(torch.autograd.Function):
+    """The lazy grid as a function of theta, for graphs that C++ builds on it."""
+
+    @staticmethod
+    def forward(theta: Tensor, recipe: Recipe) -> Tensor:
+        return _wrapper(recipe)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.size, ctx.align_corners, ctx.dtype = inputs[1].size, inputs[1].align_corners, inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        generator_backward, size = torch.ops.aten.affine_grid_generator_backward, ctx.size
+        if len(size) > 3:
+            grad_theta = generator_backward(grad, size, ctx.align_corners)
+        else:
+            rows = F.pad(grad, (0, 1)).unsqueeze(1)
+            grad_theta = generator_backward(rows, (*size[:2], 1, size[2]), ctx.align_corners)[:, :1, ::2]
+        return grad_theta.to(ctx.dtype), None
+
+
+def _changes_nothing(func: Callable, grid: LazyGrid, *args: Any, **kwargs: Any) -> bool:
+    """Whether a conversion would return the grid itself: tried on an empty tensor of its kind."""
+    if any(isinstance(argument, torch.memory_format) for argument in (*args, *kwargs.values())):
+        return False  # an empty tensor is in every format
+    if any(type(argument) is LazyGrid for argument in (*args, *kwargs.values())):
+        return False
+    empty = torch.empty((0,), dtype=grid.recipe.dtype, device=grid.recipe.theta.device)
+    return func(empty, *args, **kwargs) is empty
+
+
+_KNOWN = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_leaf", "is_sparse", "is_quantized", "is_meta")),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.__hash__, Tensor.get_device),
+    *(Tensor.stride, Tensor.is_contiguous, torch.is_floating_point, torch.is_complex, torch.numel),
+}
+"""What is answered without values."""
+
+_CONVERSIONS = {
+    *(Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.cpu, Tensor.cuda),
+    *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
+}
+"""What returns the tensor itself where there is nothing to convert."""
+
+_OF_THE_OBJECT = {
+    *(Tensor.retain_grad, Tensor.register_hook, Tensor.requires_grad_),
+    *(Tensor.grad.__get__, Tensor.grad_fn.__get__, Tensor._version.__get__),  # type: ignore[attr-defined]
+}
+"""What a view cannot answer for the tensor that it is a view of."""
