@@ -23,7 +23,7 @@ def python(code, cwd, *arguments, **kwargs):
 
 
 def test_public_names():
-    assert tri_stn.__all__ == ["Affine", "Displacement", "Grid", "grid_sample", "warp"]
+    assert tri_stn.__all__ == ["Affine", "Displacement", "Grid", "affine_grid", "fuse", "grid_sample", "warp"]
     assert all(getattr(tri_stn, name).__doc__ for name in tri_stn.__all__)
 
 

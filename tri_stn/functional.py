@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .lazy import LazyGrid, check_align_corners
 from .transforms import Grid, Transform
 
 MODES = ("bilinear", "nearest", "bicubic")
@@ -119,7 +119,8 @@ def grid_sample(
 
     Args:
         input: (N, C, [D,] [H,] W).
-        grid: (N, [D_out,] [H_out,] W_out, d), normalised, x first.
+        grid: (N, [D_out,] [H_out,] W_out, d), normalised, x first. One that `affine_grid` returned is
+            not computed, as long as nothing else has read it.
         mode: "bilinear", "nearest" or "bicubic".
         padding_mode: "zeros", "border" or "reflection".
         align_corners: as in `warp`; None means False, with torch's warning.
@@ -127,15 +128,13 @@ def grid_sample(
     Raises:
         TypeError, ValueError: as `warp`.
     """
-    if align_corners is None:
-        warnings.warn(
-            "Default grid_sample and affine_grid behavior has changed to align_corners=False since 1.3.0. "
-            "Please specify align_corners=True if the old behavior is desired. See the documentation of grid_sample "
-            "for details.",
-            stacklevel=2,
-        )
-        align_corners = False
-    return warp(input, Grid(grid), mode=mode, padding_mode=padding_mode, align_corners=align_corners)
+    align_corners = check_align_corners(align_corners, stacklevel=3)
+    transform: Transform
+    if type(grid) is LazyGrid and grid.recipe.serves(align_corners):
+        transform, size = grid.recipe.transform, grid.recipe.size[2:]
+    else:
+        transform, size = Grid(grid), None
+    return warp(input, transform, size, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
 
 
 def _match_batch(input: Tensor, parameters: Tensor, batch: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from .transforms import Affine
+
 # As torch has them, whatever `fuse` or anybody else puts in their place later.
 _affine_grid, _affine_grid_generator = F.affine_grid, torch.affine_grid_generator
 
@@ -49,8 +51,9 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
         ValueError, NotImplementedError: as torch's own.
     """
     align_corners = check_align_corners(align_corners, stacklevel=3)
-    if _fits(theta, size, align_corners):
-        if is_plain(theta):
+    if fits(theta, size, align_corners):
+        warns = len(size) > 3 and align_corners and 1 in size[2:]  # for a height of 1: torch says it better
+        if is_plain(theta) and not warns:
             return LazyGrid.of(theta, tuple(size), align_corners)
         if len(size) == 3:
             return _ordinary_grid(theta, size, align_corners)
@@ -81,16 +84,14 @@ def is_plain(*tensors: object) -> bool:
     )
 
 
-def _fits(theta: object, size: object, align_corners: object) -> bool:
-    """Whether torch would take these arguments without an error or a warning; or they are 1-D."""
+def fits(theta: object, size: object, align_corners: object) -> bool:
+    """Whether these are arguments of an affine grid: those that torch takes, or 1-D."""
     if not isinstance(theta, Tensor) or not isinstance(size, (tuple, list)) or len(size) not in (3, 4, 5):
         return False
     if any(type(s) is not int or s <= 0 for s in size) or not isinstance(align_corners, bool):
         return False
     dims = len(size) - 2
-    if theta.layout != torch.strided or not theta.is_floating_point() or theta.shape != (size[0], dims, dims + 1):
-        return False
-    return dims == 1 or not (align_corners and 1 in size[2:])  # which torch warns about
+    return theta.layout == torch.strided and theta.is_floating_point() and theta.shape == (size[0], dims, dims + 1)
 
 
 def _ordinary_grid(theta: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
@@ -116,6 +117,14 @@ class Recipe:
     requires_grad: bool
     values: Tensor | None = None
     """The grid, below autograd, once C++ has asked for it."""
+
+    def serves(self, align_corners: bool) -> bool:
+        """Whether a sampler with this align_corners may read theta in the grid's place."""
+        return self.values is None and self.align_corners == align_corners
+
+    @property
+    def transform(self) -> Affine:
+        return Affine(self.theta if self.requires_grad else self.theta.detach())
 
     def ordinary(self) -> Tensor:
         """The grid with its gradient, as the ordinary call would have given it then and there."""
