@@ -131,7 +131,7 @@ def grid_sample(
     align_corners = check_align_corners(align_corners, stacklevel=3)
     transform: Transform
     if type(grid) is LazyGrid and grid.recipe.serves(align_corners):
-        transform, size = grid.recipe.transform, grid.recipe.size[2:]
+        transform, size = grid.recipe.transform(), grid.recipe.size[2:]
     else:
         transform, size = Grid(grid), None
     return warp(input, transform, size, mode=mode, padding_mode=padding_mode, align_corners=align_corners)

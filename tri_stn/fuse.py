@@ -12,6 +12,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import ops, reference
 from .functional import LARGEST_AXIS, MODES, PADDING_MODES, warp
-from .lazy import LazyGrid, Recipe, check_align_corners, fits, is_plain, settle
+from .lazy import DEVICES, LazyGrid, Recipe, check_align_corners, fits, is_plain, settle
 from .transforms import Grid, Transform
 
 CACHE_KEY_TAG = "tri_stn.fuse"
@@ -66,7 +67,7 @@ def _enter() -> None:
         _depth += 1
         if _depth > 1:
             return
-        _tell_dynamo()
+        _tell_compilers()
         for name, replacement in _REPLACEMENTS.items():
             _originals[name] = getattr(torch, name)
             setattr(torch, name, replacement)
@@ -87,21 +88,23 @@ def _exit() -> None:
             if getattr(torch, name) is replacement:
                 setattr(torch, name, _originals[name])
         torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(CACHE_KEY_TAG, "")
-        _tell_dynamo()
+        _tell_compilers()
 
 
-def _tell_dynamo() -> None:
-    """Let Dynamo put the replacements into its graphs as they are, as it does with torch's functions.
+def _tell_compilers() -> None:
+    """Let compilers take a replacement for what it replaces: an operator, not Python code to look into.
 
-    Its table of torch's functions is made by name on first use: from the originals if it is made
-    now. If it was made in the meantime it holds the replacements, and is dropped.
+    Both keep a table of torch's functions that they make by name on first use: from the originals
+    if they make it now.
     """
+    for name, replacement in _REPLACEMENTS.items():
+        torch.jit._builtins._register_builtin(replacement, f"aten::{name}")
     if "torch._dynamo" not in sys.modules:  # importing it takes seconds
         return
     for replacement in _REPLACEMENTS.values():
         torch.compiler.allow_in_graph(replacement)
     table = torch._dynamo.trace_rules.get_torch_obj_rule_map
-    if _originals["grid_sampler"] not in table():
+    if _originals["grid_sampler"] not in table():  # imported, and the table made, in between
         table.cache_clear()
 
 
@@ -118,16 +121,11 @@ def affine_grid_generator(theta: Tensor, size: list[int], align_corners: bool) -
 
 
 def _sampler(name: str, dims: tuple[int, ...]) -> Callable[..., Tensor]:
-    def sampler(
-        input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
-    ) -> Tensor:
-        if isinstance(input, Tensor) and interpolation_mode in (0, 1, 2) and padding_mode in (0, 1, 2):
-            # Only the first of the three operators converts dtypes under autocast.
-            converts = torch.is_autocast_enabled(input.device.type)
-            if input.dim() - 2 in dims and not (converts and name != "grid_sampler"):
-                output = _fused(input, grid, MODES[interpolation_mode], PADDING_MODES[padding_mode], align_corners)
-                if output is not None:
-                    return output
+    def sampler(input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool) -> Tensor:
+        if interpolation_mode in (0, 1, 2) and padding_mode in (0, 1, 2):
+            output = _fused(input, grid, MODES[interpolation_mode], PADDING_MODES[padding_mode], align_corners, dims)
+            if output is not None:
+                return output
         settle(grid)
         return _originals[name](input, grid, interpolation_mode, padding_mode, align_corners)
 
@@ -148,7 +146,7 @@ def _grid_sample(
 ) -> Tensor:
     """What ``F.grid_sample`` does with a lazy grid."""
     align_corners = check_align_corners(align_corners, stacklevel=6)
-    if isinstance(input, Tensor) and mode in MODES and padding_mode in PADDING_MODES:
+    if mode in MODES and padding_mode in PADDING_MODES:
         output = _fused(input, grid, mode, padding_mode, align_corners)
         if output is not None:
             return output
@@ -162,33 +160,36 @@ for _name in ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"):
     LazyGrid.samplers[_originals[_name]] = _REPLACEMENTS[_name]
 
 
-def _fused(input: Tensor, grid: Tensor, mode: str, padding_mode: str, align_corners: bool) -> Tensor | None:
+def _fused(
+    input: Tensor, grid: Tensor, mode: str, padding_mode: str, align_corners: bool, dims: tuple[int, ...] = (1, 2, 3)
+) -> Tensor | None:
     """The output, or None where torch should have the call: what it refuses, and what `warp` does not take."""
     traced = _is_traced(input) and _is_traced(grid)
-    if not traced and not is_plain(input) or input.device.type not in ("cpu", "cuda"):
+    if not traced and not is_plain(input):
         return None
     recipe = _recipe(grid)
     transform: Transform
     if recipe is not None and recipe.serves(align_corners):
-        transform, size, dtype = recipe.transform, recipe.size[2:], recipe.dtype
-    elif _depth and (traced or is_plain(grid)) and _is_grid(grid) and ops._backend(input) is not reference:
+        transform, size, dtype = recipe.transform(), recipe.size[2:], recipe.dtype
+    elif _depth and (traced or is_plain(grid)) and _is_grid(grid) and ops._backend(grid) is not reference:
         transform, size, dtype = Grid(grid), grid.shape[1:-1], grid.dtype
     else:
         return None
     if (
         input.dim() != transform.dims + 2
+        or transform.dims not in dims
         or input.shape[0] != transform.batch[0]
         or input.device != transform.parameters.device
         or input.layout != torch.strided
         or (mode == "bicubic" and transform.dims == 3)
-        or any(s == 0 for s in input.shape)
+        or 0 in input.shape
         or max(*input.shape[2:], *size) > LARGEST_AXIS
     ):
         return None
     if torch.is_autocast_enabled(input.device.type):
-        if torch.float64 in (input.dtype, dtype):
+        if torch.float64 in (input.dtype, dtype) or len(dims) == 1:
             return None
-        # As torch converts the arguments of its sampler.
+        # As torch converts the arguments of grid_sampler, and not of those for one number of dimensions.
         dtype = torch.float32 if input.device.type == "cpu" else torch.promote_types(input.dtype, dtype)
         input = input.to(dtype)
     if input.dtype != dtype:
@@ -204,21 +205,25 @@ def _recipe(grid: Tensor) -> Recipe | None:
 
 
 def _is_grid(grid: Tensor) -> bool:
-    return grid.is_floating_point() and grid.dim() in (4, 5) and grid.shape[-1] == grid.dim() - 2
+    """Whether it is a grid as torch takes it, on a device of ours."""
+    fits = grid.is_floating_point() and grid.dim() in (4, 5) and grid.shape[-1] == grid.dim() - 2
+    return fits and grid.device.type in DEVICES
 
 
 # --- under torch.compile: the grid is in the graph, and falls out of it if nobody reads it -------------
 
 
 def _is_traced(tensor: object) -> bool:
-    """Whether `torch.compile` or `torch.export` is making operators of what happens to this tensor."""
-    return type(tensor) is FunctionalTensor and type(torch._from_functional_tensor(tensor.elem)) is FakeTensor
+    """Whether `torch.compile` is making operators of what happens to this tensor, for a device of ours."""
+    if type(tensor) is not FunctionalTensor or tensor.device.type not in DEVICES:
+        return False
+    return type(torch._from_functional_tensor(tensor.elem)) is FakeTensor
 
 
-def _is_edited(grid: FunctionalTensor) -> bool:
+def _is_edited(grid: Any) -> bool:
     """Whether anything was written to the memory of a traced tensor, through any view."""
     return (
-        torch._functionalize_has_data_mutation(grid.elem)
+        torch._functionalize_has_data_mutation(grid.elem)  # type: ignore[attr-defined]
         or torch._functionalize_has_metadata_mutation(grid.elem)
         or torch._functionalize_was_storage_changed(grid.elem)
     )

@@ -27,6 +27,7 @@ from .transforms import Affine
 # As torch has them, whatever `fuse` or anybody else puts in their place later.
 _affine_grid, _affine_grid_generator = F.affine_grid, torch.affine_grid_generator
 
+DEVICES = ("cpu", "cuda")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _lock = threading.RLock()
 
@@ -73,11 +74,12 @@ def check_align_corners(align_corners: bool | None, stacklevel: int) -> bool:
     return align_corners
 
 
-def is_plain(*tensors: object) -> bool:
-    """Whether these are tensors of torch's own classes, and nothing is tracing or transforming."""
+def is_plain(tensor: object) -> bool:
+    """Whether this is a tensor of torch's own classes, on a device of ours, and nothing traces or transforms."""
     return not (
         torch.compiler.is_compiling()  # first: for Dynamo the rest does not exist
-        or any(type(tensor) not in _PLAIN for tensor in tensors)
+        or type(tensor) not in _PLAIN
+        or tensor.device.type not in DEVICES  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch.jit.is_tracing()
@@ -117,13 +119,16 @@ class Recipe:
     requires_grad: bool
     values: Tensor | None = None
     """The grid, below autograd, once C++ has asked for it."""
+    sampled: bool = False
+    """Whether a sampler has read theta in the grid's place."""
 
     def serves(self, align_corners: bool) -> bool:
         """Whether a sampler with this align_corners may read theta in the grid's place."""
         return self.values is None and self.align_corners == align_corners
 
-    @property
     def transform(self) -> Affine:
+        """What a sampler reads."""
+        self.sampled = True
         return Affine(self.theta if self.requires_grad else self.theta.detach())
 
     def ordinary(self) -> Tensor:
@@ -165,7 +170,7 @@ class LazyGrid(Tensor):
         cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _KNOWN:
+        if func in _KNOWN or torch.compiler.is_compiling():
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in cls.samplers:
@@ -174,6 +179,12 @@ class LazyGrid(Tensor):
             return args[0]
         for grid in tree_iter((args, kwargs)):
             if type(grid) is cls:
+                if func in _ASKS_FOR_GRADIENT and grid.recipe.sampled and grid.recipe.requires_grad:
+                    warnings.warn(
+                        f"This affine grid was sampled without being stored, so {func.__name__} will not see that "
+                        f"sample's gradient. Call {func.__name__}, or grid.retain_grad(), before sampling.",
+                        stacklevel=3,
+                    )
                 settle(grid)
         if func in _OF_THE_OBJECT:
             with torch._C.DisableTorchFunctionSubclass():
@@ -182,7 +193,7 @@ class LazyGrid(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         grids = [x for x in tree_iter((args, kwargs)) if type(x) is cls]
@@ -192,6 +203,21 @@ class LazyGrid(Tensor):
             if result is grid.recipe.values:  # edited in place
                 return grid
         return result
+
+    # Given to compiled code, which takes a subclass apart and puts it together, it is its values.
+
+    @property
+    def dense(self) -> Tensor:
+        return _values(self)
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["dense"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], _: None, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+        values = inner["dense"]
+        recipe = Recipe(values, (shape[0], 1, *shape[1:-1]), False, values.dtype, values.requires_grad, values)
+        return _wrapper(recipe)
 
 
 def settle(grid: Tensor) -> None:
@@ -232,13 +258,11 @@ def _wrapper(recipe: Recipe) -> LazyGrid:
 class _Make(torch.autograd.Function):
     """The lazy grid as a function of theta, for graphs that C++ builds on it."""
 
+    # With setup_context, torch inspects the signature at every call: most of the time it takes.
     @staticmethod
-    def forward(theta: Tensor, recipe: Recipe) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, recipe: Recipe) -> Tensor:  # type: ignore[override]
+        ctx.size, ctx.align_corners, ctx.dtype = recipe.size, recipe.align_corners, theta.dtype
         return _wrapper(recipe)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.size, ctx.align_corners, ctx.dtype = inputs[1].size, inputs[1].align_corners, inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
@@ -261,9 +285,13 @@ def _changes_nothing(func: Callable, grid: LazyGrid, *args: Any, **kwargs: Any) 
     return func(empty, *args, **kwargs) is empty
 
 
+def _getters(*names: str) -> list[Callable]:
+    return [getattr(Tensor, name).__get__ for name in names]
+
+
 _KNOWN = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_leaf", "is_sparse", "is_quantized", "is_meta")),
+    *_getters("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf"),
+    *_getters("is_cuda", "is_sparse", "is_quantized", "is_meta"),
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__, Tensor.__hash__, Tensor.get_device),
     *(Tensor.stride, Tensor.is_contiguous, torch.is_floating_point, torch.is_complex, torch.numel),
@@ -276,8 +304,10 @@ _CONVERSIONS = {
 }
 """What returns the tensor itself where there is nothing to convert."""
 
+_ASKS_FOR_GRADIENT = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad}
+
 _OF_THE_OBJECT = {
     *(Tensor.retain_grad, Tensor.register_hook, Tensor.requires_grad_),
-    *(Tensor.grad.__get__, Tensor.grad_fn.__get__, Tensor._version.__get__),  # type: ignore[attr-defined]
+    *_getters("grad", "grad_fn", "_version"),
 }
 """What a view cannot answer for the tensor that it is a view of."""
