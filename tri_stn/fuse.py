@@ -22,7 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import ops, reference
 from .functional import LARGEST_AXIS, MODES, PADDING_MODES, warp
-from .lazy import DEVICES, LazyGrid, Recipe, check_align_corners, fits, is_plain, settle
+from .lazy import DEVICES, LazyGrid, Recipe, check_align_corners, fits, is_plain, ordinary
 from .transforms import Grid, Transform
 
 CACHE_KEY_TAG = "tri_stn.fuse"
@@ -120,44 +120,44 @@ def affine_grid_generator(theta: Tensor, size: list[int], align_corners: bool) -
     return grid
 
 
-def _sampler(name: str, dims: tuple[int, ...]) -> Callable[..., Tensor]:
-    def sampler(input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool) -> Tensor:
-        if interpolation_mode in (0, 1, 2) and padding_mode in (0, 1, 2):
-            output = _fused(input, grid, MODES[interpolation_mode], PADDING_MODES[padding_mode], align_corners, dims)
-            if output is not None:
-                return output
-        settle(grid)
-        return _originals[name](input, grid, interpolation_mode, padding_mode, align_corners)
-
-    sampler.__name__ = sampler.__qualname__ = name
-    return sampler
-
-
-_REPLACEMENTS: dict[str, Callable[..., Tensor]] = {
-    "affine_grid_generator": affine_grid_generator,
-    "grid_sampler": _sampler("grid_sampler", (1, 2, 3)),
-    "grid_sampler_2d": _sampler("grid_sampler_2d", (2,)),
-    "grid_sampler_3d": _sampler("grid_sampler_3d", (3,)),
-}
-
-
 def _grid_sample(
     input: Tensor, grid: Tensor, mode: str = "bilinear", padding_mode: str = "zeros", align_corners: bool | None = None
-) -> Tensor:
-    """What ``F.grid_sample`` does with a lazy grid."""
+) -> Tensor | None:
+    """``F.grid_sample`` of a lazy grid, or None where torch should have the call."""
+    if mode not in MODES or padding_mode not in PADDING_MODES:
+        return None
     align_corners = check_align_corners(align_corners, stacklevel=6)
-    if mode in MODES and padding_mode in PADDING_MODES:
-        output = _fused(input, grid, mode, padding_mode, align_corners)
-        if output is not None:
-            return output
-    settle(grid)
-    return F.grid_sample(input, grid, mode, padding_mode, align_corners)
+    output = _fused(input, grid, mode, padding_mode, align_corners)
+    # Called again on another tensor, for torch would warn about a line of ours.
+    return F.grid_sample(input, ordinary(grid), mode, padding_mode, align_corners) if output is None else output
 
+
+def _sampler(name: str, dims: tuple[int, ...]) -> tuple[Callable[..., Tensor], Callable[..., Tensor | None]]:
+    """What replaces one of torch's samplers, and the part of it for calls that are ours."""
+
+    def fused(
+        input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
+    ) -> Tensor | None:
+        if interpolation_mode not in (0, 1, 2) or padding_mode not in (0, 1, 2):
+            return None
+        return _fused(input, grid, MODES[interpolation_mode], PADDING_MODES[padding_mode], align_corners, dims)
+
+    def sampler(input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool) -> Tensor:
+        output = fused(input, grid, interpolation_mode, padding_mode, align_corners)
+        if output is None:
+            return _originals[name](input, grid, interpolation_mode, padding_mode, align_corners)
+        return output
+
+    sampler.__name__ = sampler.__qualname__ = name
+    return sampler, fused
+
+
+_REPLACEMENTS: dict[str, Callable[..., Tensor]] = {"affine_grid_generator": affine_grid_generator}
 
 # A lazy grid is recognised outside of `fuse`, too.
 LazyGrid.samplers[F.grid_sample] = _grid_sample
-for _name in ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"):
-    LazyGrid.samplers[_originals[_name]] = _REPLACEMENTS[_name]
+for _name, _dims in (("grid_sampler", (1, 2, 3)), ("grid_sampler_2d", (2,)), ("grid_sampler_3d", (3,))):
+    _REPLACEMENTS[_name], LazyGrid.samplers[_originals[_name]] = _sampler(_name, _dims)
 
 
 def _fused(

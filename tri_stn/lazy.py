@@ -154,7 +154,7 @@ class LazyGrid(Tensor):
 
     recipe: Recipe
     samplers: dict[Callable, Callable] = {}  # noqa: RUF012  a subclass of Tensor takes no ClassVar
-    """torch's samplers and what runs in their place on a lazy grid; filled by `fuse`."""
+    """torch's samplers and what runs in their place on a lazy grid, if it returns an output; filled by `fuse`."""
 
     @staticmethod
     def of(theta: Tensor, size: tuple[int, ...], align_corners: bool) -> LazyGrid:
@@ -174,7 +174,9 @@ class LazyGrid(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in cls.samplers:
-            return cls.samplers[func](*args, **kwargs)
+            output = cls.samplers[func](*args, **kwargs)
+            if output is not None:
+                return output
         if func in _CONVERSIONS and type(args[0]) is cls and _changes_nothing(func, *args, **kwargs):
             return args[0]
         for grid in tree_iter((args, kwargs)):
@@ -189,7 +191,7 @@ class LazyGrid(Tensor):
         if func in _OF_THE_OBJECT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        args, kwargs = tree_map_only(cls, _view, (args, kwargs))
+        args, kwargs = tree_map_only(cls, ordinary, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -203,6 +205,10 @@ class LazyGrid(Tensor):
             if result is grid.recipe.values:  # edited in place
                 return grid
         return result
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        # Compilers print what they work with, when there are no numbers yet.
+        return f"LazyGrid{tuple(self.shape)}" if torch.compiler.is_compiling() else repr(ordinary(self))
 
     # Given to compiled code, which takes a subclass apart and puts it together, it is its values.
 
@@ -225,14 +231,23 @@ def settle(grid: Tensor) -> None:
     with _lock, torch._C.DisableTorchFunctionSubclass():
         if type(grid) is not LazyGrid or grid.recipe.values is not None:
             return
-        ordinary = grid.recipe.ordinary()
+        values = grid.recipe.ordinary()
         recipe, attributes = grid.recipe, {k: v for k, v in vars(grid).items() if k != "recipe"}
         try:
-            torch.utils.swap_tensors(grid, ordinary)
+            torch.utils.swap_tensors(grid, values)
         except RuntimeError:  # a graph or a weak reference holds on to it: it stays what it is, with values
-            recipe.values = ordinary.detach()
+            recipe.values = values.detach()
         else:
             vars(grid).update(attributes)
+
+
+def ordinary(grid: Tensor) -> Tensor:
+    """The tensor after `settle`, or what stands for it: edits and gradients pass through a view."""
+    settle(grid)
+    if type(grid) is not LazyGrid:
+        return grid
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.ops.aten.alias(grid)
 
 
 def _values(grid: LazyGrid) -> Tensor:
@@ -240,12 +255,6 @@ def _values(grid: LazyGrid) -> Tensor:
         if grid.recipe.values is None:
             grid.recipe.values = grid.recipe.ordinary().detach()
         return grid.recipe.values
-
-
-def _view(grid: Tensor) -> Tensor:
-    """What stands for a grid that could not become ordinary: edits and gradients pass through a view."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return torch.ops.aten.alias(grid)
 
 
 def _wrapper(recipe: Recipe) -> LazyGrid:
