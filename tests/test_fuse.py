@@ -66,7 +66,7 @@ def with_gradients(function, *tensors):
     results = [r for r in (results if isinstance(results, tuple) else (results,)) if r is not None]
     differentiable = [r for r in results if r.requires_grad]
     generator = torch.Generator().manual_seed(1)
-    loss = sum((r * torch.rand(r.shape, generator=generator, dtype=r.dtype)).sum() for r in differentiable)
+    loss = sum((r * torch.rand(r.shape, generator=generator, dtype=r.dtype).to(r.device)).sum() for r in differentiable)
     for tensor in tensors:
         tensor.grad = None
     if differentiable:

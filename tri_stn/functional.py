@@ -79,7 +79,7 @@ def warp(
     if size is None:
         size = input.shape[2:] if transform.size is None else transform.size
     size = _check_size(size, dims)
-    if max(*input.shape[2:], *size) > LARGEST_AXIS and input.dtype != torch.float64:
+    if any(s > LARGEST_AXIS for s in (*input.shape[2:], *size)) and input.dtype != torch.float64:
         raise ValueError(
             f"An axis of more than 2 ** 24 pixels needs fp64, as fp32 cannot number its pixels; got input "
             f"{tuple(input.shape[2:])} and size {size} in {input.dtype}. Convert the input with .double()."

@@ -44,11 +44,16 @@ class fuse(contextlib.ContextDecorator):  # noqa: N801  used as a function
             output = model(images)          # or tri_stn.fuse().__enter__() when the program starts
 
     ``F.grid_sample(input, F.affine_grid(theta, size))`` becomes ``warp(input, Affine(theta))``: no grid is
-    stored, forward or backward. Other grids go through `tri_stn.grid_sample` on a GPU and stay with
-    torch on the CPU. What `warp` does not take goes to torch, and so do torch's errors and warnings.
+    stored, forward or backward. An affine grid that is used in any other way is the ordinary tensor.
+    Other grids go through `tri_stn.grid_sample` on a GPU and stay with torch on the CPU. What `warp`
+    does not take goes to torch, and so do torch's errors and warnings. Under autocast the dtypes
+    are torch's, but coordinates are fp32 where torch's affine grid has 16 bits.
 
     It holds for all threads, nests, and is undone by the outermost exit. Under `torch.compile`
     enter it outside of the compiled code: code keeps what it was compiled with.
+
+    Raises:
+        RuntimeError: it is left more often than it was entered.
     """
 
     def __enter__(self) -> fuse:
@@ -64,15 +69,14 @@ class fuse(contextlib.ContextDecorator):  # noqa: N801  used as a function
 def _enter() -> None:
     global _depth
     with _lock:
+        if _depth == 0:
+            _tell_compilers()
+            for name, replacement in _REPLACEMENTS.items():
+                _originals[name] = getattr(torch, name)
+                setattr(torch, name, replacement)
+            # torch caches compiled graphs by what they call, and they call F.grid_sample with and without us.
+            torch.compiler.config.cache_key_tag += CACHE_KEY_TAG
         _depth += 1
-        if _depth > 1:
-            return
-        _tell_compilers()
-        for name, replacement in _REPLACEMENTS.items():
-            _originals[name] = getattr(torch, name)
-            setattr(torch, name, replacement)
-        # torch caches compiled graphs by what they call, and they call F.grid_sample with and without us.
-        torch.compiler.config.cache_key_tag += CACHE_KEY_TAG
 
 
 def _exit() -> None:
@@ -183,7 +187,7 @@ def _fused(
         or input.layout != torch.strided
         or (mode == "bicubic" and transform.dims == 3)
         or 0 in input.shape
-        or max(*input.shape[2:], *size) > LARGEST_AXIS
+        or any(s > LARGEST_AXIS for s in (*input.shape[2:], *size))
     ):
         return None
     if torch.is_autocast_enabled(input.device.type):
