@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .transforms import Affine
@@ -81,7 +82,6 @@ def is_plain(tensor: object) -> bool:
         or type(tensor) not in _PLAIN
         or tensor.device.type not in DEVICES  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
         or torch.jit.is_tracing()
     )
 
@@ -129,7 +129,7 @@ class Recipe:
     def transform(self) -> Affine:
         """What a sampler reads."""
         self.sampled = True
-        return Affine(self.theta if self.requires_grad else self.theta.detach())
+        return Affine(self.theta)
 
     def ordinary(self) -> Tensor:
         """The grid with its gradient, as the ordinary call would have given it then and there."""
@@ -140,13 +140,10 @@ class Recipe:
             torch.set_grad_enabled(self.requires_grad),
             torch.autocast(device, self.dtype if autocast else None, enabled=autocast),
         ):
-            if not torch._C._are_functorch_transforms_active():
-                return _ordinary_grid(self.theta, self.size, self.align_corners)
-            # It was made outside of the transform and will outlive it.
-            from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
+            # It was made outside of any transform that is active now, and will outlive it.
             with temporarily_clear_interpreter_stack():
-                return _ordinary_grid(self.theta, self.size, self.align_corners)
+                grid = _ordinary_grid(self.theta, self.size, self.align_corners)
+                return grid.to(self.dtype)  # below a TorchDispatchMode there is no autocast
 
 
 class LazyGrid(Tensor):
@@ -198,13 +195,8 @@ class LazyGrid(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        grids = [x for x in tree_iter((args, kwargs)) if type(x) is cls]
         args, kwargs = tree_map_only(cls, _values, (args, kwargs or {}))
-        result = func(*args, **kwargs)
-        for grid in grids:
-            if result is grid.recipe.values:  # edited in place
-                return grid
-        return result
+        return func(*args, **kwargs)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         # Compilers print what they work with, when there are no numbers yet.
@@ -288,8 +280,6 @@ def _changes_nothing(func: Callable, grid: LazyGrid, *args: Any, **kwargs: Any) 
     """Whether a conversion would return the grid itself: tried on an empty tensor of its kind."""
     if any(isinstance(argument, torch.memory_format) for argument in (*args, *kwargs.values())):
         return False  # an empty tensor is in every format
-    if any(type(argument) is LazyGrid for argument in (*args, *kwargs.values())):
-        return False
     empty = torch.empty((0,), dtype=grid.recipe.dtype, device=grid.recipe.theta.device)
     return func(empty, *args, **kwargs) is empty
 
