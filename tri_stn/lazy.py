@@ -136,14 +136,12 @@ class Recipe:
         device = self.theta.device.type
         autocast = self.dtype != self.theta.dtype
         with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(self.requires_grad),
+            torch.inference_mode(False),  # which switches gradients on, too
             torch.autocast(device, self.dtype if autocast else None, enabled=autocast),
+            temporarily_clear_interpreter_stack(),  # of torch.func: it was made outside and will outlive it
         ):
-            # It was made outside of any transform that is active now, and will outlive it.
-            with temporarily_clear_interpreter_stack():
-                grid = _ordinary_grid(self.theta, self.size, self.align_corners)
-                return grid.to(self.dtype)  # below a TorchDispatchMode there is no autocast
+            grid = _ordinary_grid(self.theta, self.size, self.align_corners)
+            return grid.to(self.dtype)  # below a TorchDispatchMode there is no autocast
 
 
 class LazyGrid(Tensor):
