@@ -36,7 +36,7 @@ _lock = threading.RLock()
 def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
     """`torch.nn.functional.affine_grid`, without storing the grid.
 
-    `tri_stn.grid_sample` (and torch's, inside `fuse`) takes the grid as `warp` takes ``Affine(theta)``.
+    `tri_stn.grid_sample` and torch's own take the grid as `warp` takes ``Affine(theta)``.
     For all other code it is an ordinary tensor: its shape, dtype and device are known, and any
     other use computes the values that theta had at the time of this call, with gradients to theta.
 
