@@ -24,7 +24,8 @@ def python(code, cwd, *arguments, **kwargs):
 
 
 def test_public_names():
-    assert tri_stn.__all__ == ["Affine", "Displacement", "Grid", "grid_sample", "splat", "warp"]
+    names = ["Affine", "Displacement", "Grid", "affine_grid", "fuse", "grid_sample", "splat", "warp"]
+    assert tri_stn.__all__ == names
     assert all(getattr(tri_stn, name).__doc__ for name in tri_stn.__all__)
 
 

@@ -1,8 +1,10 @@
 """Spatial transformer sampling for PyTorch, fused in Triton: no grid is ever stored."""
 
 from .functional import grid_sample, splat, warp
+from .fuse import fuse
+from .lazy import affine_grid
 from .transforms import Affine, Displacement, Grid
 
 __version__ = "0.1.0"
 
-__all__ = ["Affine", "Displacement", "Grid", "grid_sample", "splat", "warp"]
+__all__ = ["Affine", "Displacement", "Grid", "affine_grid", "fuse", "grid_sample", "splat", "warp"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
+from .lazy import LazyGrid, check_align_corners
 from .transforms import Grid, Transform
 
 MODES = ("bilinear", "nearest", "bicubic")
@@ -172,7 +172,8 @@ def grid_sample(
 
     Args:
         input: (N, C, [D,] [H,] W).
-        grid: (N, [D_out,] [H_out,] W_out, d), normalised, x first.
+        grid: (N, [D_out,] [H_out,] W_out, d), normalised, x first. One that `affine_grid` returned is
+            not computed, as long as nothing else has read it.
         mode: "bilinear", "nearest" or "bicubic".
         padding_mode: "zeros", "border" or "reflection".
         align_corners: as in `warp`; None means False, with torch's warning.
@@ -181,16 +182,14 @@ def grid_sample(
         TypeError, ValueError: as `warp`; where sizes or devices do not fit, an error that is torch's
             RuntimeError as well, in torch's words.
     """
-    if align_corners is None:
-        warnings.warn(
-            "Default grid_sample and affine_grid behavior has changed to align_corners=False since 1.3.0. "
-            "Please specify align_corners=True if the old behavior is desired. See the documentation of grid_sample "
-            "for details.",
-            stacklevel=2,
-        )
-        align_corners = False
-    _check_grid(input, grid)
-    return warp(input, Grid(grid), mode=mode, padding_mode=padding_mode, align_corners=align_corners)
+    align_corners = check_align_corners(align_corners, stacklevel=3)
+    transform: Transform
+    if type(grid) is LazyGrid and grid.recipe.serves(align_corners):
+        transform, size = grid.recipe.transform(), grid.recipe.size[2:]
+    else:
+        _check_grid(input, grid)
+        transform, size = Grid(grid), None
+    return warp(input, transform, size, mode=mode, padding_mode=padding_mode, align_corners=align_corners)
 
 
 def _match_batch(input: Tensor, parameters: Tensor, batch: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
@@ -294,7 +293,7 @@ def _check_size(size: Sequence[int], dims: int) -> tuple[int, ...]:
 
 
 def _check_axes(dtype: torch.dtype, *sizes: Sequence[int]) -> None:
-    if max(map(max, sizes)) > LARGEST_AXIS and dtype not in (torch.float64, torch.complex128):
+    if any(n > LARGEST_AXIS for size in sizes for n in size) and dtype not in (torch.float64, torch.complex128):
         raise ValueError(
             f"An axis of more than 2 ** 24 pixels needs fp64, as fp32 cannot number its pixels; got sizes "
             f"{' and '.join(str(tuple(size)) for size in sizes)} in {dtype}. Convert the input with .double()."
