@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from . import ops
 
@@ -45,16 +46,23 @@ def splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any)
 
 
 def _warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
-    return _Warp.apply(input, parameters, size, options)
+    return _apply(_Warp, input, parameters, size, options)
 
 
 def _splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
     layout = size, ops.is_channels_last(input)
-    return _Backward.apply(input, None, parameters, layout, (True, False), options)[0]
+    return _apply(_Backward, input, None, parameters, layout, (True, False), options)[0]
 
 
 ops.library.impl("warp", _warp, "Autograd")
 ops.library.impl("splat", _splat, "Autograd")
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    """``function.apply``, but for the signature that it inspects at every call: half of a small warp's time."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, per: Sequence[int]) -> tuple:
@@ -74,7 +82,7 @@ def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, p
             if again > 1:
                 tensors[i] = tensors[i].repeat(1, again, *[1] * (tensors[i].dim() - 2))
             tensors[i] = tensors[i].flatten(0, 1)
-    results = function(*tensors, *args[len(per) :])
+    results = _apply(function, *tensors, *args[len(per) :])
     several = isinstance(results, tuple)
     folded = [r.unflatten(0, (info.batch_size, -1)) if r.dim() > 1 else r for r in (results if several else [results])]
     out_dims = [0 if r.dim() > 1 else None for r in (results if several else [results])]
@@ -100,7 +108,7 @@ class _Warp(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         input, parameters = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        gradients = _Backward.apply(grad_output, input, parameters, ctx.layout, needs, ctx.options)
+        gradients = _apply(_Backward, grad_output, input, parameters, ctx.layout, needs, ctx.options)
         return *_wanted(gradients, needs), None, None
 
     @staticmethod
@@ -110,7 +118,7 @@ class _Warp(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Warp.apply, info, in_dims, *args, per=(1, 1))
+        return _vmap(_Warp, info, in_dims, *args, per=(1, 1))
 
 
 class _Backward(torch.autograd.Function):
@@ -143,13 +151,23 @@ class _Backward(torch.autograd.Function):
             size = grad_output.shape[2:]
             grad_grad = _change(input, parameters, input_tangent, parameters_tangent, size, ctx.options)
         if parameters_tangent is not None and any(wants[1:]):
-            results = _BackwardChange.apply(
-                grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, wants[1:], ctx.options
+            results = _apply(
+                _BackwardChange,
+                grad_output,
+                input,
+                parameters,
+                input_tangent,
+                parameters_tangent,
+                ctx.layout,
+                wants[1:],
+                ctx.options,
             )
             grad_input, grad_parameters = _wanted(results, wants[1:])
         elif input_tangent is not None and wants[2]:
             needs = (False, True)
-            _, grad_parameters = _Backward.apply(grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options)
+            _, grad_parameters = _apply(
+                _Backward, grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options
+            )
         return grad_grad, grad_input, grad_parameters, None, None, None
 
     @staticmethod
@@ -166,15 +184,23 @@ class _Backward(torch.autograd.Function):
                     sums[i] = result if total is None else total + result
 
         if grad_tangent is not None:
-            add(_Backward.apply(grad_tangent, input, parameters, ctx.layout, ctx.needs, ctx.options), ctx.needs)
+            add(_apply(_Backward, grad_tangent, input, parameters, ctx.layout, ctx.needs, ctx.options), ctx.needs)
         if parameters_tangent is not None:
-            results = _BackwardChange.apply(
-                grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, ctx.needs, ctx.options
+            results = _apply(
+                _BackwardChange,
+                grad_output,
+                input,
+                parameters,
+                input_tangent,
+                parameters_tangent,
+                ctx.layout,
+                ctx.needs,
+                ctx.options,
             )
             add(results, ctx.needs)
         elif input_tangent is not None and ctx.needs[1]:
             needs = (False, True)
-            results = _Backward.apply(grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options)
+            results = _apply(_Backward, grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options)
             add(results, needs)
         shapes = (parameters.shape[0], grad_output.shape[1], *ctx.layout[0]), parameters.shape
         for i, (like, shape) in enumerate(zip((grad_output, parameters), shapes, strict=True)):
@@ -184,7 +210,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Backward.apply, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1))
+        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1))
 
 
 class _Change(torch.autograd.Function):
@@ -213,7 +239,9 @@ class _Change(torch.autograd.Function):
         ):
             needs = ctx.needs_input_grad[first : first + 2]
             if any(needs):
-                gradients = function.apply(grad_output, input, parameters, *directions, ctx.layout, needs, ctx.options)
+                gradients = _apply(
+                    function, grad_output, input, parameters, *directions, ctx.layout, needs, ctx.options
+                )
                 results[first : first + 2] = _wanted(gradients, needs)
         return *results, None, None
 
@@ -226,7 +254,7 @@ class _Change(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Change.apply, info, in_dims, *args, per=(1, 1, 1, 1))
+        return _vmap(_Change, info, in_dims, *args, per=(1, 1, 1, 1))
 
 
 class _BackwardChange(torch.autograd.Function):
@@ -255,7 +283,7 @@ class _BackwardChange(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_BackwardChange.apply, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 1, 1))
+        return _vmap(_BackwardChange, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 1, 1))
 
 
 def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[_Optional]:
@@ -269,9 +297,9 @@ def _change(
 ) -> Tensor:  # fmt: skip
     """F' with either tangent; nearest changes with the input alone."""
     if parameters_tangent is not None and options[1] != "nearest":
-        return _Change.apply(input, parameters, input_tangent, parameters_tangent, size, options)
+        return _apply(_Change, input, parameters, input_tangent, parameters_tangent, size, options)
     if input_tangent is not None:
-        return _Warp.apply(input_tangent, parameters, size, options)
+        return _apply(_Warp, input_tangent, parameters, size, options)
     assert input is not None
     return input.new_zeros((parameters.shape[0] * parameters.shape[1], input.shape[1], *size))
 
