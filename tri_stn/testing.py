@@ -153,8 +153,9 @@ def assert_accurate(
     order one; the error allowed for computing in fp32 is 1e-5 of it (in fp64, 1e-10).
     """
     computed = 1e-10 if image_dtype == torch.float64 else 1e-5
-    rounded = torch.finfo(actual.dtype).eps / 2
-    allowed = computed * torch.as_tensor(magnitude).clamp(min=1) + 1.01 * rounded * truth.abs()
+    format = torch.finfo(actual.dtype)
+    rounded = format.eps / 2 * truth.abs().clamp(min=format.smallest_normal)  # below it, steps stay as they are
+    allowed = computed * torch.as_tensor(magnitude).clamp(min=1) + 1.01 * rounded
     error = (actual.double() - truth).abs()
     wrong = ~(error <= allowed)  # NaN is wrong
     if wrong.any():
