@@ -59,7 +59,7 @@ def adjoint(
     layout = dims, channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
     scatter_tile = tiling.scatter_tile(*layout, whole=dense and need_parameters, fixed=deterministic)
     scatter_grid = scatter_tile.grid(batch * maps, channels, grad_output.shape[2:])
-    walk_tile = tiling.walk_tile(*layout, tangent)
+    walk_tile = tiling.walk_tile(*layout, folds, tangent)
     walk_grid = walk_tile.grid(batch, channels, image.shape[2:])
 
     compute = launch.compute_dtype(image.dtype)

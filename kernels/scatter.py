@@ -53,7 +53,7 @@ def scatter_kernel(
     coefficients = LOAD(
         parameters, parameters_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False
     )
-    x = TRANSFORM(coefficients, u)
+    x = TRANSFORM(coefficients, u, input_size)
     t = ()
     if TANGENT:
         parameters = image_start(parameters_tangent_ptr, n, parameters_tangent_batch, parameters_tangent_strides)

@@ -6,7 +6,7 @@ A transform is these device functions:
                                 pixels folded in: once per program, or for each pixel of a dense map;
                                 with TANGENT, a change of the parameters → that of the coefficients
     load_vjp(gradients_ptr, …)  gradients of the coefficients → gradients of the parameters, stored
-    map(coefficients, u)        centred output index u → source pixel coordinate
+    map(coefficients, u, …)     centred output index u → source pixel coordinate
     map_jvp(coefficients, t, u) tangents t of the coefficients → tangent of that coordinate
     map_vjp(coefficients, u, g) gradient g of that coordinate → gradients of the coefficients
     rows / columns(…)           the output pixels that can touch a given input pixel
@@ -27,17 +27,14 @@ def affine_load(
     parameters_ptr, strides, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
-    """theta, (d, d+1) → the same matrix from centred output indices to source pixels."""
+    """theta, (d, d+1) → the same matrix from centred output indices to centred source pixels."""
     dims: tl.constexpr = len(input_size)
     coefficients = ()
     for a in tl.static_range(dims):
         for b in tl.static_range(dims + 1):
             theta = tl.load(parameters_ptr + a * (dims + 1) + b).to(COMPUTE)
             scale = _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-            if b < dims or TANGENT:
-                coefficients = coefficients + (theta * scale,)
-            else:
-                coefficients = coefficients + (tl.fma(theta, scale, middle(input_size[a], COMPUTE)),)
+            coefficients = coefficients + (theta * scale,)
     return coefficients
 
 
@@ -70,21 +67,26 @@ def _affine_scale(
 
 
 @triton.jit
-def affine(coefficients, u):
-    dims: tl.constexpr = len(u)
+def affine(coefficients, u, input_size):
     x = ()
-    for a in tl.static_range(dims):
-        s = coefficients[a * (dims + 1) + dims]
-        # x comes last: a loop along a row then costs one multiply-add per axis.
-        for b in tl.static_range(dims):
-            s = tl.fma(coefficients[a * (dims + 1) + dims - 1 - b], u[dims - 1 - b], s)
-        x = x + (s,)
+    s = affine_jvp(coefficients, coefficients, u)
+    for a in tl.static_range(len(u)):
+        # The middle comes last: what is added before rounds at its own, smaller magnitude.
+        x = x + (s[a] + middle(input_size[a], s[a].dtype),)
     return x
 
 
 @triton.jit
 def affine_jvp(coefficients, t, u):
-    return affine(t, u)
+    dims: tl.constexpr = len(u)
+    x = ()
+    for a in tl.static_range(dims):
+        s = t[a * (dims + 1) + dims]
+        # x comes last: a loop along a row then costs one multiply-add per axis.
+        for b in tl.static_range(dims):
+            s = tl.fma(t[a * (dims + 1) + dims - 1 - b], u[dims - 1 - b], s)
+        x = x + (s,)
+    return x
 
 
 @triton.jit
@@ -119,7 +121,7 @@ def affine_rows(coefficients, q, input_size, output_size, RADIUS: tl.constexpr):
             translation = coefficients[a * (dims + 1) + dims]
             determinant += entry * cofactor
             determinant_size += tl.abs(entry) * cofactor_size
-            centre += cofactor * (q[a] - translation)
+            centre += cofactor * (q[a] - middle(input_size[a], entry.dtype) - translation)
             reach += tl.abs(cofactor) * (RADIUS + _affine_margin(coefficients, a, input_size, output_size))
             # Rounding of the cofactor, of the product and of the sum, amplified by the division.
             reach += cofactor_size * (tl.abs(translation) + input_size[a]) * _EPSILON
@@ -156,7 +158,7 @@ def affine_columns(coefficients, row, q, input_size, output_size, RADIUS: tl.con
     first = 0
     last = output_size[0] - 1
     for a in tl.static_range(dims):
-        s = coefficients[a * (dims + 1) + dims] - q[a]
+        s = coefficients[a * (dims + 1) + dims] - (q[a] - middle(input_size[a], q[a].dtype))
         for b in tl.static_range(1, dims):
             s = tl.fma(coefficients[a * (dims + 1) + b], row[b - 1], s)
         slope = coefficients[a * (dims + 1)]
@@ -251,7 +253,7 @@ def displacement_load(
 
 
 @triton.jit
-def dense(coefficients, u):
+def dense(coefficients, u, input_size):
     """The coefficients of a dense map are each lane's source pixel already."""
     return coefficients
 

@@ -115,7 +115,7 @@ def walk_kernel(
                 for step in range(tl.max(tl.where(in_row, last - first + 1, 0))):
                     column = first + step
                     u = centred((column,), output_size, COMPUTE) + u_row
-                    x = TRANSFORM(coefficients, u)
+                    x = TRANSFORM(coefficients, u, input_size)
                     hit = in_row & (column <= last)
                     for axis in tl.static_range(len(BLOCK)):
                         hit &= touches(x[axis], position[axis], TAPS)

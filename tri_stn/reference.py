@@ -58,24 +58,24 @@ class _Pixels:
 
 
 def affine_load(theta: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
-    """(M, K, d, d+1), normalised → the same matrix from centred output indices to source pixels."""
-    scale, middle = _affine_scale(theta, input_size, size, align_corners)
-    return torch.cat([theta[..., :-1] * scale[:, :-1], theta[..., -1:] * scale[:, -1:] + middle], -1)
+    """(M, K, d, d+1), normalised → the same matrix from centred output indices to centred source pixels."""
+    return theta * _affine_scale(theta, input_size, size, align_corners)
 
 
-def affine_load_jvp(tangent: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
-    return tangent * _affine_scale(tangent, input_size, size, align_corners)[0]
-
-
-affine_load_vjp = affine_load_jvp  # a factor for each entry: its own transpose
+affine_load_vjp = affine_load_jvp = affine_load  # a factor for each entry: its own transpose
 
 
 def affine(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
     """Source pixel coordinates, d × (M, K, P)."""
+    x = affine_jvp(coefficients, coefficients, pixels)
+    return [s + (n - 1) / 2 for s, n in zip(x, pixels.input_size, strict=True)]
+
+
+def affine_jvp(coefficients: Tensor, tangents: Tensor, pixels: _Pixels) -> list[Tensor]:
     dims = len(pixels.u)
     x = []
     for axis in range(dims):
-        row = coefficients[..., axis, :, None]
+        row = tangents[..., axis, :, None]
         s = row[..., dims, :]
         for other in reversed(range(dims)):  # the kernels' order of rounding
             s = torch.addcmul(s, row[..., other, :], pixels.u[other])
@@ -83,23 +83,16 @@ def affine(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
     return x
 
 
-def affine_jvp(coefficients: Tensor, tangents: Tensor, pixels: _Pixels) -> list[Tensor]:
-    return affine(tangents, pixels)
-
-
 def affine_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
     basis = torch.stack([*pixels.u, torch.ones_like(pixels.u[0])])  # (d+1, P)
     grad += torch.stack(grad_x, -2) @ basis.T
 
 
-def _affine_scale(
-    like: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool
-) -> tuple[Tensor, Tensor]:
-    """What each entry of theta is multiplied by to act on pixels, (d, d+1); the middle pixel, (d, 1)."""
+def _affine_scale(like: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
+    """What each entry of theta is multiplied by to act on pixels, (d, d+1)."""
     per_unit = [_pixels_per_unit(s, align_corners) for s in input_size]
     out_per_unit = [_pixels_per_unit(s, align_corners) for s in size]
-    rows = [[p / o if o else 0.0 for o in out_per_unit] + [p] for p in per_unit]
-    return like.new_tensor(rows), like.new_tensor([[(s - 1) / 2] for s in input_size])
+    return like.new_tensor([[p / o if o else 0.0 for o in out_per_unit] + [p] for p in per_unit])
 
 
 def _pixels_per_unit(size: int, align_corners: bool) -> float:
@@ -138,9 +131,11 @@ def grid_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
 
 def displacement(field: Tensor, pixels: _Pixels) -> list[Tensor]:
     """The identity and a field, (M, K, *size, d), normalised; the sum is made in fp32."""
-    scale, middle = _affine_scale(pixels.u[0], pixels.input_size, pixels.size, pixels.align_corners)
-    moved = grid_jvp(field, field, pixels)
-    return [u * scale[a, a] + middle[a] + x for a, (x, u) in enumerate(zip(moved, pixels.u, strict=True))]
+    scale = _affine_scale(pixels.u[0], pixels.input_size, pixels.size, pixels.align_corners)
+    x = []
+    for axis, moved in enumerate(grid_jvp(field, field, pixels)):
+        x.append(pixels.u[axis] * scale[axis, axis] + (pixels.input_size[axis] - 1) / 2 + moved)
+    return x
 
 
 def _read_field(field: Tensor, pixels: _Pixels) -> Tensor:
