@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from . import launch, stages, tiling
-from .coordinates import block_offset, centred, image_start, lanes, load_block, tile_count, tile_index
+from .coordinates import block_offset, image_start, lanes, load_block, tile_count, tile_index
 from .interpolation import corner, loops, product, product_jvp, taps_along
-from .padding import pass_padding
+from .sampling import look
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -39,23 +39,13 @@ def gather_kernel(
     tiles = tile_count(output_size, BLOCK)
     m = (tl.program_id(0) // tiles).to(tl.int64)
     n = m // maps
-    k = m % maps
     p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
-    u = centred(p, output_size, COMPUTE)
-    parameters = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
-    coefficients = LOAD(
-        parameters, parameters_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False
-    )
-    x = TRANSFORM(coefficients, u, input_size)
-    t = ()
-    if TANGENT:
-        parameters = image_start(parameters_tangent_ptr, n, parameters_tangent_batch, parameters_tangent_strides)
-        tangents = LOAD(
-            parameters + k * parameters_tangent_strides[1], parameters_tangent_strides[2:],
-            p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
-        )  # fmt: skip
-        t = pass_padding(TRANSFORM_JVP(coefficients, tangents, u), x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
+    _coefficients, _u, x, t = look(
+        parameters_ptr, parameters_tangent_ptr, m, maps, p, mask, output_size, input_size,
+        parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+        LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
+    )  # fmt: skip
     taps = taps_along(
         x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
         WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,

@@ -83,7 +83,7 @@ def walk_tile(
     """The tile of a program that owns input pixels and one block of channels; `folds` as its padding does."""
     # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
     most = 32 if channels_last else 8
-    steps = (taps > 2 or dims > 2 or folds) + tangent
+    steps = max(folds, (taps > 2 or dims > 2) + tangent)
     return _tile(dims, channels, channels_last, dtype, most, per_program=0, cap=(128, 168, 255)[steps])
 
 

@@ -146,29 +146,14 @@ class _Backward(torch.autograd.Function):
             input_tangent = None
         if not ctx.needs[1] or ctx.options[1] == "nearest":
             parameters_tangent = None
-        grad_grad, grad_input, grad_parameters = None, None, None
+        grad_grad = None
         if wants[0] and not (input_tangent is None and parameters_tangent is None):
             size = grad_output.shape[2:]
             grad_grad = _change(input, parameters, input_tangent, parameters_tangent, size, ctx.options)
-        if parameters_tangent is not None and any(wants[1:]):
-            results = _apply(
-                _BackwardChange,
-                grad_output,
-                input,
-                parameters,
-                input_tangent,
-                parameters_tangent,
-                ctx.layout,
-                wants[1:],
-                ctx.options,
-            )
-            grad_input, grad_parameters = _wanted(results, wants[1:])
-        elif input_tangent is not None and wants[2]:
-            needs = (False, True)
-            _, grad_parameters = _apply(
-                _Backward, grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options
-            )
-        return grad_grad, grad_input, grad_parameters, None, None, None
+        gradients = _backward_change(
+            grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, wants[1:], ctx.options
+        )
+        return grad_grad, *gradients, None, None, None
 
     @staticmethod
     def jvp(
@@ -176,32 +161,16 @@ class _Backward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         grad_output, input, parameters = ctx.saved_tensors
         sums: list[_Optional] = [None, None]
-
-        def add(results: Sequence[Tensor], which: Sequence[bool]) -> None:
-            for i, result in enumerate(_wanted(results, which)):
-                if result is not None:
-                    total = sums[i]
-                    sums[i] = result if total is None else total + result
-
         if grad_tangent is not None:
-            add(_apply(_Backward, grad_tangent, input, parameters, ctx.layout, ctx.needs, ctx.options), ctx.needs)
-        if parameters_tangent is not None:
-            results = _apply(
-                _BackwardChange,
-                grad_output,
-                input,
-                parameters,
-                input_tangent,
-                parameters_tangent,
-                ctx.layout,
-                ctx.needs,
-                ctx.options,
-            )
-            add(results, ctx.needs)
-        elif input_tangent is not None and ctx.needs[1]:
-            needs = (False, True)
-            results = _apply(_Backward, grad_output, input_tangent, parameters, ctx.layout, needs, ctx.options)
-            add(results, needs)
+            results = _apply(_Backward, grad_tangent, input, parameters, ctx.layout, ctx.needs, ctx.options)
+            sums = _wanted(results, ctx.needs)
+        changes = _backward_change(
+            grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, ctx.needs, ctx.options
+        )
+        sums = [
+            change if s is None else s if change is None else s + change
+            for s, change in zip(sums, changes, strict=True)
+        ]
         shapes = (parameters.shape[0], grad_output.shape[1], *ctx.layout[0]), parameters.shape
         for i, (like, shape) in enumerate(zip((grad_output, parameters), shapes, strict=True)):
             if sums[i] is None:
@@ -302,6 +271,21 @@ def _change(
         return _apply(_Warp, input_tangent, parameters, size, options)
     assert input is not None
     return input.new_zeros((parameters.shape[0] * parameters.shape[1], input.shape[1], *size))
+
+
+def _backward_change(
+    grad_output: Tensor, input: _Optional, parameters: Tensor,
+    input_tangent: _Optional, parameters_tangent: _Optional,
+    layout: tuple, needs: Sequence[bool], options: Options,
+) -> list[_Optional]:  # fmt: skip
+    """B' with either tangent, None for what is not asked for or does not change."""
+    if parameters_tangent is not None and options[1] != "nearest" and any(needs):
+        tensors = grad_output, input, parameters, input_tangent, parameters_tangent
+        return _wanted(_apply(_BackwardChange, *tensors, layout, needs, options), needs)
+    if input_tangent is not None and needs[1]:  # θ's gradient is linear in the image
+        needs = (False, True)
+        return _wanted(_apply(_Backward, grad_output, input_tangent, parameters, layout, needs, options), needs)
+    return [None, None]
 
 
 def _maps(parameters: Tensor, dim: int | None) -> int:
