@@ -124,14 +124,20 @@ class Silent:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
-def test_never_waits_for_the_device(padding_mode):
+def test_never_waits_for_the_device(padding_mode, deterministic, monkeypatch):
+    """First and second derivatives, and the adjoint."""
+    monkeypatch.setattr(ops, "is_deterministic", lambda: deterministic)
     image, theta, grad = Case(padding_mode=padding_mode).tensors("cuda")
     image.requires_grad_(), theta.requires_grad_()
     for check in (False, True):  # the first round compiles
         torch.cuda.set_sync_debug_mode("error" if check else "default")
         try:
-            tri_stn.warp(image, tri_stn.Affine(theta), (11, 14), padding_mode=padding_mode).backward(grad)
+            output = tri_stn.warp(image, tri_stn.Affine(theta), (11, 14), padding_mode=padding_mode)
+            (first,) = torch.autograd.grad(output, theta, grad, create_graph=True)
+            torch.autograd.grad(first.sum(), (image, theta))
+            tri_stn.splat(grad, tri_stn.Affine(theta), (13, 9), padding_mode=padding_mode, normalize=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
