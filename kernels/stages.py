@@ -64,6 +64,13 @@ TRANSFORMS = {
         transforms.dense_jvp,
         transforms.dense_vjp,
     ),
+    "pixel_displacement": Transform(
+        transforms.pixel_displacement_load,
+        transforms.pixel_displacement_load_vjp,
+        transforms.dense,
+        transforms.dense_jvp,
+        transforms.dense_vjp,
+    ),
 }
 
 INTERPOLATIONS = {

@@ -242,14 +242,40 @@ def displacement_load(
     The identity is added here, in fp32: a 16-bit field loses nothing of it.
     """
     x = grid_load(parameters_ptr, strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True)
-    if not TANGENT:
-        field = x
-        u = centred(p, output_size, COMPUTE)
-        x = ()
-        for axis in tl.static_range(len(p)):
-            scale = _affine_scale(input_size, output_size, axis, axis, ALIGN_CORNERS, COMPUTE)
-            x = x + (tl.fma(u[axis], scale, middle(input_size[axis], COMPUTE)) + field[axis],)
-    return x
+    return x if TANGENT else _add_identity(x, p, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+
+
+@triton.jit
+def pixel_displacement_load(
+    parameters_ptr, strides, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
+):  # fmt: skip
+    """The identity and a field, (*size, d), in pixels of the input → each lane's source pixel."""
+    x = ()
+    for axis in tl.static_range(len(p)):
+        x = x + (_load_component(parameters_ptr, strides, p, mask, axis, COMPUTE, INDEX),)
+    return x if TANGENT else _add_identity(x, p, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+
+
+@triton.jit
+def pixel_displacement_load_vjp(
+    gradients_ptr, gradients, strides, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    for axis in tl.static_range(len(p)):
+        at = gradients_ptr + _component_offset(strides, p, axis, INDEX)
+        tl.store(at, gradients[axis].to(gradients_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_identity(x, p, input_size, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Displacements in source pixels, added to where the identity looks."""
+    u = centred(p, output_size, COMPUTE)
+    result = ()
+    for axis in tl.static_range(len(p)):
+        scale = _affine_scale(input_size, output_size, axis, axis, ALIGN_CORNERS, COMPUTE)
+        result = result + (tl.fma(u[axis], scale, middle(input_size[axis], COMPUTE)) + x[axis],)
+    return result
 
 
 @triton.jit

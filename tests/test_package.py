@@ -24,8 +24,8 @@ def python(code, cwd, *arguments, **kwargs):
 
 
 def test_public_names():
-    names = ["Affine", "Displacement", "Grid", "affine_grid", "fuse", "grid_sample", "splat", "warp"]
-    assert tri_stn.__all__ == names
+    transforms = ["Affine", "Attention", "Displacement", "Grid", "Similarity"]
+    assert tri_stn.__all__ == [*transforms, "affine_grid", "fuse", "grid_sample", "splat", "warp"]
     assert all(getattr(tri_stn, name).__doc__ for name in tri_stn.__all__)
 
 

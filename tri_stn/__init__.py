@@ -3,8 +3,19 @@
 from .functional import grid_sample, splat, warp
 from .fuse import fuse
 from .lazy import affine_grid
-from .transforms import Affine, Displacement, Grid
+from .transforms import Affine, Attention, Displacement, Grid, Similarity
 
 __version__ = "0.1.0"
 
-__all__ = ["Affine", "Displacement", "Grid", "affine_grid", "fuse", "grid_sample", "splat", "warp"]
+__all__ = [
+    "Affine",
+    "Attention",
+    "Displacement",
+    "Grid",
+    "Similarity",
+    "affine_grid",
+    "fuse",
+    "grid_sample",
+    "splat",
+    "warp",
+]

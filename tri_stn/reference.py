@@ -131,10 +131,23 @@ def grid_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
 
 def displacement(field: Tensor, pixels: _Pixels) -> list[Tensor]:
     """The identity and a field, (M, K, *size, d), normalised; the sum is made in fp32."""
+    return _add_identity(grid_jvp(field, field, pixels), pixels)
+
+
+def pixel_displacement(field: Tensor, pixels: _Pixels) -> list[Tensor]:
+    """The identity and a field, (M, K, *size, d), in pixels of the input."""
+    return _add_identity(pixel_displacement_jvp(field, field, pixels), pixels)
+
+
+def pixel_displacement_jvp(field: Tensor, tangents: Tensor, pixels: _Pixels) -> list[Tensor]:
+    return list(_read_field(tangents, pixels).unbind(-1))
+
+
+def _add_identity(moved: list[Tensor], pixels: _Pixels) -> list[Tensor]:
     scale = _affine_scale(pixels.u[0], pixels.input_size, pixels.size, pixels.align_corners)
     x = []
-    for axis, moved in enumerate(grid_jvp(field, field, pixels)):
-        x.append(pixels.u[axis] * scale[axis, axis] + (pixels.input_size[axis] - 1) / 2 + moved)
+    for axis, n in enumerate(pixels.input_size):
+        x.append(pixels.u[axis] * scale[axis, axis] + (n - 1) / 2 + moved[axis])
     return x
 
 
@@ -148,6 +161,9 @@ TRANSFORMS = {
     "affine": Transform(affine_load, affine_load_jvp, affine_load_vjp, affine, affine_jvp, affine_vjp),
     "grid": Transform(dense_load, dense_load, dense_load_vjp, grid, grid_jvp, grid_vjp),
     "displacement": Transform(dense_load, dense_load, dense_load_vjp, displacement, grid_jvp, grid_vjp),
+    "pixel_displacement": Transform(
+        dense_load, dense_load, dense_load, pixel_displacement, pixel_displacement_jvp, grid_vjp
+    ),
 }
 
 

@@ -51,7 +51,7 @@ class Case:
     theta: tuple[tuple[float, ...], ...] | None = None
     """One matrix for all maps; random near the identity if None."""
     kind: str = "affine"
-    """Or "grid" or "displacement": random fields that reach beyond the image."""
+    """Or "grid", "displacement" or "pixel_displacement": random fields that reach beyond the image."""
     seed: int = 0
 
     @property
@@ -69,7 +69,7 @@ class Case:
         image = ARRANGEMENTS[self.arrangement](image.to(device, self.dtype))
         batch = (self.images,) if self.maps is None else (self.images, self.maps)
         if self.kind != "affine":
-            reach = 1.3 if self.kind == "grid" else 0.4
+            reach = {"grid": 1.3, "displacement": 0.4, "pixel_displacement": 2.0}[self.kind]
             parameters = reach * (2 * torch.rand(*batch, *self.size, dims, generator=generator) - 1)
         elif self.theta is None:
             parameters = torch.eye(dims, dims + 1) + 0.4 * torch.randn(*batch, dims, dims + 1, generator=generator)
@@ -81,6 +81,8 @@ class Case:
 
     def transform(self, parameters: Tensor) -> Transform:
         """The transform that the parameters are for."""
+        if self.kind == "pixel_displacement":
+            return Displacement(parameters, unit="pixel")
         return {"affine": Affine, "grid": Grid, "displacement": Displacement}[self.kind](parameters)
 
 
@@ -98,6 +100,10 @@ def truth_grid(case: Case, parameters: Tensor) -> Tensor:
         grid = grid[..., None]
     else:
         grid = F.affine_grid(theta, [len(theta), 1, *case.size], align_corners=case.align_corners)
+    if case.kind == "pixel_displacement":
+        maps = maps / torch.tensor(
+            [(n - case.align_corners) / 2 for n in reversed(case.input_size)], device=maps.device
+        )
     return grid if case.kind == "affine" else grid + maps
 
 

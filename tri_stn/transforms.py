@@ -8,8 +8,8 @@ point of the output to the point of the input that is read there. Coordinates ar
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from torch import Tensor
 class Transform:
     """What every transform offers the sampler."""
 
-    kind: ClassVar[str]
-    """The name of its device functions in the kernels' tables."""
+    @property
+    def kind(self) -> str:
+        """The name of its device functions in the kernels' tables."""
+        raise NotImplementedError
 
     @property
     def parameters(self) -> Tensor:
@@ -60,7 +62,9 @@ class Affine(Transform):
 
     theta: Tensor
 
-    kind: ClassVar[str] = "affine"
+    @property
+    def kind(self) -> str:
+        return "affine"
 
     def __post_init__(self) -> None:
         theta = _check_floating(self.theta, "Affine", "theta")
@@ -81,6 +85,113 @@ class Affine(Transform):
     @property
     def dims(self) -> int:
         return self.theta.shape[-2]
+
+
+class _AffineFamily(Transform):
+    """Affine maps with fewer parameters. Their matrix is a few numbers, made by torch with its gradient."""
+
+    translation: Tensor  # a field of the classes below, which put their own before it
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        translation = _check_floating(self.translation, name, "translation")
+        dims = translation.shape[-1] if translation.dim() else 0
+        if translation.dim() not in (2, 3) or dims not in (1, 2, 3):
+            raise ValueError(
+                f"{name} takes translation of shape (N, d) or (N, K, d), d = 1, 2 or 3; got {tuple(translation.shape)}."
+            )
+
+    @property
+    def kind(self) -> str:
+        return "affine"
+
+    @functools.cached_property
+    def parameters(self) -> Tensor:  # type: ignore[override]
+        return torch.cat([self._linear, self.translation.unsqueeze(-1).to(self._linear.dtype)], -1)
+
+    @property
+    def _linear(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.translation.shape[:-1]
+
+    @property
+    def dims(self) -> int:
+        return self.translation.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention(_AffineFamily):
+    """A window: the paper's attention, which crops, translates and scales (Jaderberg et al. 2015, equation 2).
+
+    The output point x looks at the input point ``scale * x + translation``.
+
+    Args:
+        scale: (N,) or (N, K), the window's size as a fraction of the image's; or one for each axis, in
+            translation's shape.
+        translation: (N, d), or (N, K, d) for K windows per image: the window's centre, normalised, x first. Both
+            may require grad.
+
+    Raises:
+        TypeError: one of them is not a floating-point tensor.
+        ValueError: their shapes do not fit.
+    """
+
+    scale: Tensor
+    translation: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale = _check_floating(self.scale, "Attention", "scale")
+        if scale.shape not in (self.batch, self.translation.shape):
+            raise ValueError(
+                f"Attention takes scale of shape {tuple(self.batch)} or {tuple(self.translation.shape)} with this "
+                f"translation; got {tuple(scale.shape)}."
+            )
+
+    @property
+    def _linear(self) -> Tensor:
+        scale = self.scale if self.scale.shape == self.translation.shape else self.scale.unsqueeze(-1)
+        return scale.expand(self.translation.shape).diag_embed()
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity(_AffineFamily):
+    """A rotation and one scale for both axes, in normalised coordinates: rigid on square images.
+
+    The output point p looks at the input point ``scale * R(angle) p + translation``, where R turns the
+    x axis towards the y axis: clockwise on a picture, whose y points down. The picture itself turns the other way.
+
+    Args:
+        scale: (N,) or (N, K).
+        angle: (N,) or (N, K), in radians.
+        translation: (N, 2), or (N, K, 2) for K maps per image, normalised, x first. All may require grad.
+
+    Raises:
+        TypeError: one of them is not a floating-point tensor.
+        ValueError: their shapes do not fit.
+    """
+
+    scale: Tensor
+    angle: Tensor
+    translation: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("scale", "angle"):
+            value = _check_floating(getattr(self, name), "Similarity", name)
+            if value.shape != self.batch or self.dims != 2:
+                raise ValueError(
+                    f"Similarity takes translation (N, 2) or (N, K, 2), and {name} of shape (N,) or (N, K); got "
+                    f"{tuple(self.translation.shape)} and {tuple(value.shape)}."
+                )
+
+    @property
+    def _linear(self) -> Tensor:
+        cos, sin = self.scale * self.angle.cos(), self.scale * self.angle.sin()
+        return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +237,9 @@ class Grid(_Dense):
 
     grid: Tensor
 
-    kind: ClassVar[str] = "grid"
+    @property
+    def kind(self) -> str:
+        return "grid"
 
     @property
     def parameters(self) -> Tensor:
@@ -141,16 +254,25 @@ class Displacement(_Dense):
 
     Args:
         field: (N, *size, d) for d-dimensional images, d = 1, 2 or 3, or (N, K, *size, d) for K maps
-            per image; any float dtype and strides. In normalised units, x first. May require grad.
+            per image; any float dtype and strides. x first. May require grad.
+        unit: "normalized", where the input spans two units, or "pixel", of the input.
 
     Raises:
         TypeError: field is not a floating-point tensor.
-        ValueError: field has another shape.
+        ValueError: field has another shape, or unit is neither.
     """
 
     field: Tensor
+    unit: str = "normalized"
 
-    kind: ClassVar[str] = "displacement"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unit not in ("normalized", "pixel"):
+            raise ValueError(f"Displacement takes unit 'normalized' or 'pixel'; got {self.unit!r}.")
+
+    @property
+    def kind(self) -> str:
+        return "displacement" if self.unit == "normalized" else "pixel_displacement"
 
     @property
     def parameters(self) -> Tensor:
