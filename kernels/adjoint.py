@@ -3,7 +3,7 @@
 - grad_input of a transform that bounds its preimages, with or without the transform's gradient: the
   walk. Where the padding folds, the scatter goes first for the folded samples, in fp32, and the
   walk starts from what it left.
-- grad_input of a dense map: the scatter alone.
+- grad_input of any other map: the scatter alone.
 - The transform's gradient alone: a reduction over the output, the scatter kernel without atomics.
 
 All of them also compute what their gradients change by along a direction, for second derivatives.
@@ -11,6 +11,8 @@ All of them also compute what their gradients change by along a direction, for s
 The gradient of a few parameters is a sum over everything: every program leaves its share in a slot
 of its own, and torch adds the slots. Those of a dense map belong to one output pixel each.
 """
+
+import math
 
 import torch
 
@@ -50,10 +52,10 @@ def adjoint(
     source = image if input is None else input
     images = source, source if input_tangent is None else input_tangent
     dense, folds = stages.TRANSFORMS[kind].dense, stages.PADDINGS[padding_mode].folds
+    walks = need_input and stages.TRANSFORMS[kind].rows is not None
+    scatters = folds or not walks
     motions = launch.packed(dense, parameters, parameters_tangent)
     batch, maps = image.shape[0] if need_input else grad_parameters.shape[0], parameters.shape[1]
-    walks = need_input and not dense
-    scatters = dense or folds or not need_input
 
     dims, channels = image.dim() - 2, image.shape[1]
     layout = dims, channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
@@ -75,7 +77,6 @@ def adjoint(
     if need_input and scatters:
         if deterministic:
             scattered = torch.zeros_like(grad_input, dtype=torch.int64)
-            scale = fixed_point.scale(grad_output, motions[1] if tangent else None, grad_input, maps, dense)
         else:
             scattered = grad_input.zero_() if image.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
 
@@ -93,12 +94,26 @@ def adjoint(
         gradients, gradients_strides, slot = partials, *_slot_strides(partials)
         if dense and need_parameters:
             gradients, gradients_strides, slot = grad_parameters, launch.parameter_strides(grad_parameters), 0
-        scatter_kernel[scatter_grid](
-            scattered, scale, gradients, grad_output, *images, *motions,
-            *sizes, launch.strides(image), gradients_strides, slot, *strides,
-            **stages.scatter(kind, mode, padding_mode), **constants, **flags,
-            FOLDED_ONLY=walks, FIXED=scale is not None, NEED_INPUT=need_input, **scatter_tile.constants(far),
-        )  # fmt: skip
+
+        def scatter(scale, **flags):
+            scatter_kernel[scatter_grid](
+                scattered, scale, gradients, grad_output, *images, *motions,
+                *sizes, launch.strides(image), gradients_strides, slot, *strides,
+                **stages.scatter(kind, mode, padding_mode), **constants, **flags,
+                FOLDED_ONLY=walks, NEED_INPUT=need_input, **scatter_tile.constants(far),
+            )  # fmt: skip
+
+        if deterministic and need_input:
+            if tangent:  # slopes and tangents have no bound: they are looked at first
+                largest = torch.zeros(batch, dtype=compute, device=image.device)
+                scatter(
+                    largest, **flags | {"NEED_PARAMETERS": False, "INPUT_TANGENT": False}, FIXED=False, MEASURE=True
+                )
+            else:
+                largest = fixed_point.largest(grad_output, batch, maps, compute)
+            terms = maps * math.prod(grad_output.shape[2:]) * stages.INTERPOLATIONS[mode].taps ** dims
+            scale = fixed_point.scale(largest, terms)
+        scatter(scale, **flags, FIXED=scale is not None, MEASURE=False)
         if scale is not None:
             scattered = fixed_point.restore(scattered, scale, grad_input, compute if walks else None)
     if walks:

@@ -41,7 +41,7 @@ def gather_kernel(
     n = m // maps
     p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
-    _coefficients, _u, x, t = look(
+    _coefficients, _tangents, _u, x, t = look(
         parameters_ptr, parameters_tangent_ptr, m, maps, p, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,

@@ -15,8 +15,8 @@ def look(
     TAPS: tl.constexpr, TANGENT: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """For output pixels p of map m: the map's coefficients, p measured from the middle, the source
-    coordinates before padding and, with TANGENT, the change of those after it.
+    """For output pixels p of map m: the map's coefficients and their tangents, p measured from the middle,
+    the source coordinates before padding and, with TANGENT, the change of those after it.
     """
     n = m // maps
     k = m % maps
@@ -26,6 +26,7 @@ def look(
         parameters_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
     )  # fmt: skip
     x = TRANSFORM(coefficients, u, input_size)
+    tangents = ()
     t = ()
     if TANGENT:
         start = image_start(parameters_tangent_ptr, n, parameters_tangent_batch, parameters_tangent_strides)
@@ -34,4 +35,4 @@ def look(
             p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
         )  # fmt: skip
         t = pass_padding(TRANSFORM_JVP(coefficients, tangents, u), x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
-    return coefficients, u, x, t
+    return coefficients, tangents, u, x, t

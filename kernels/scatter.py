@@ -11,6 +11,7 @@ parameters_tangent and, with INPUT_TANGENT, the input by input_tangent: a second
 
 Atomics are fp32 or fp64, never 16-bit: those become compare-and-swap loops on every architecture.
 With FIXED they are 64-bit integers, multiples of 1 / scale[n]: integer sums do not depend on their order.
+With MEASURE nothing is added: scale[n] becomes the largest magnitude of what would be.
 """
 
 import triton
@@ -33,10 +34,12 @@ def scatter_kernel(
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
+    TRANSFORM_VJP_JVP: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
-    FOLDED_ONLY: tl.constexpr, FIXED: tl.constexpr, NEED_INPUT: tl.constexpr, NEED_PARAMETERS: tl.constexpr,
+    FOLDED_ONLY: tl.constexpr, FIXED: tl.constexpr, MEASURE: tl.constexpr,
+    NEED_INPUT: tl.constexpr, NEED_PARAMETERS: tl.constexpr,
     TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +52,7 @@ def scatter_kernel(
     k = m % maps
     p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
-    coefficients, u, x, t = look(
+    coefficients, tangents, u, x, t = look(
         parameters_ptr, parameters_tangent_ptr, m, maps, p, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
@@ -67,6 +70,8 @@ def scatter_kernel(
     grad_output_ptr = image_start(grad_output_ptr, m, grad_output_batch, grad_output_strides)
     scale = tl.load(scale_ptr + n) if FIXED else 1.0
     grad_x = tuples.zeros(len(BLOCK), (lanes(BLOCK),), COMPUTE)
+    held_grad_x = grad_x  # of the samples where they are, for a map that bends
+    largest = tl.zeros((lanes(BLOCK), BLOCK_C), COMPUTE)
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
     stop = tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
     # Most tiles hold no folded sample at all.
@@ -92,19 +97,25 @@ def scatter_kernel(
                     if NEED_INPUT:
                         weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
                         added = weight[:, None] * grad_output
-                        tl.atomic_add(
-                            grad_input_ptr
-                            + n * grad_input_strides[0]
-                            + block_offset(pixel, c, grad_input_strides, INDEX),
-                            tl.floor(added * scale + 0.5).to(tl.int64) if FIXED else added,
-                            mask=corner_mask,
-                            sem="relaxed",
-                        )
+                        if MEASURE:
+                            size = tl.where(corner_mask, tl.abs(added), 0.0)
+                            largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
+                        else:
+                            tl.atomic_add(
+                                grad_input_ptr
+                                + n * grad_input_strides[0]
+                                + block_offset(pixel, c, grad_input_strides, INDEX),
+                                tl.floor(added * scale + 0.5).to(tl.int64) if FIXED else added,
+                                mask=corner_mask,
+                                sem="relaxed",
+                            )
                     if NEED_PARAMETERS:
                         value = load_block(input_ptr, pixel, c, input_strides, corner_mask, INDEX, COMPUTE)
                         dot = tl.sum(value * grad_output, axis=1)
                         if TANGENT:
                             grad_x = tuples.add(grad_x, product_vjp_jvp(weights, slopes, curvatures, t, dot))
+                            if TRANSFORM_VJP_JVP is not None:
+                                held_grad_x = tuples.add(held_grad_x, product_vjp(weights, slopes, dot))
                         else:
                             grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
                         if INPUT_TANGENT:
@@ -114,11 +125,16 @@ def scatter_kernel(
                             dot = tl.sum(value * grad_output, axis=1)
                             grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
 
+    if MEASURE:
+        tl.atomic_max(scale_ptr + n, tl.max(largest))
     if NEED_PARAMETERS:
         slot = tile * tl.num_programs(1) + tl.program_id(1)
         grad_x = pass_padding(grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
+        gradients = TRANSFORM_VJP(coefficients, u, grad_x)
+        if TANGENT and TRANSFORM_VJP_JVP is not None:
+            held_grad_x = pass_padding(held_grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
+            gradients = tuples.add(gradients, TRANSFORM_VJP_JVP(coefficients, tangents, u, held_grad_x))
         LOAD_VJP(
             gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
-            TRANSFORM_VJP(coefficients, u, grad_x),
-            gradients_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+            gradients, gradients_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
         )  # fmt: skip

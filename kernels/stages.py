@@ -19,13 +19,13 @@ class Transform:
     map: Any
     map_jvp: Any
     map_vjp: Any
+    map_vjp_jvp: Any = None
+    """None for a map that is linear in its coefficients."""
     rows: Any = None
     columns: Any = None
-
-    @property
-    def dense(self) -> bool:
-        """Whether there are parameters for each output pixel, and no bounds for a walk."""
-        return self.rows is None
+    """None for a map without bounds for a walk."""
+    dense: bool = False
+    """Whether there are parameters for each output pixel."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,24 @@ TRANSFORMS = {
         transforms.affine,
         transforms.affine_jvp,
         transforms.affine_vjp,
-        transforms.affine_rows,
-        transforms.affine_columns,
+        rows=transforms.affine_rows,
+        columns=transforms.affine_columns,
+    ),
+    "projective": Transform(
+        transforms.projective_load,
+        transforms.projective_load_vjp,
+        transforms.projective,
+        transforms.projective_jvp,
+        transforms.projective_vjp,
+        transforms.projective_vjp_jvp,
     ),
     "grid": Transform(
-        transforms.grid_load, transforms.grid_load_vjp, transforms.dense, transforms.dense_jvp, transforms.dense_vjp
+        transforms.grid_load,
+        transforms.grid_load_vjp,
+        transforms.dense,
+        transforms.dense_jvp,
+        transforms.dense_vjp,
+        dense=True,
     ),
     "displacement": Transform(
         transforms.displacement_load,
@@ -63,6 +76,7 @@ TRANSFORMS = {
         transforms.dense,
         transforms.dense_jvp,
         transforms.dense_vjp,
+        dense=True,
     ),
     "pixel_displacement": Transform(
         transforms.pixel_displacement_load,
@@ -70,6 +84,7 @@ TRANSFORMS = {
         transforms.dense,
         transforms.dense_jvp,
         transforms.dense_vjp,
+        dense=True,
     ),
 }
 
@@ -106,13 +121,14 @@ def scatter(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     return gather(kind, mode, padding_mode) | {
         "LOAD_VJP": TRANSFORMS[kind].load_vjp,
         "TRANSFORM_VJP": TRANSFORMS[kind].map_vjp,
+        "TRANSFORM_VJP_JVP": TRANSFORMS[kind].map_vjp_jvp,
     }
 
 
 def walk(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     """The stages of the walk kernel."""
     named = scatter(kind, mode, padding_mode)
-    del named["PADDING"], named["PADDING_VJP"]
+    del named["PADDING"], named["PADDING_VJP"], named["TRANSFORM_VJP_JVP"]  # walked maps are linear so far
     return named | {
         "ROWS": TRANSFORMS[kind].rows,
         "COLUMNS": TRANSFORMS[kind].columns,

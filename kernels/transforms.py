@@ -9,6 +9,8 @@ A transform is these device functions:
     map(coefficients, u, …)     centred output index u → source pixel coordinate
     map_jvp(coefficients, t, u) tangents t of the coefficients → tangent of that coordinate
     map_vjp(coefficients, u, g) gradient g of that coordinate → gradients of the coefficients
+    map_vjp_jvp(coefficients, t, u, g)  what map_vjp changes by, with g held, where the coefficients move by
+                                t; none for a map that is linear in them
     rows / columns(…)           the output pixels that can touch a given input pixel
 
 Axes are x first. ``rows`` bounds the preimage along every axis but x; ``columns`` bounds it along x
@@ -78,26 +80,12 @@ def affine(coefficients, u, input_size):
 
 @triton.jit
 def affine_jvp(coefficients, t, u):
-    dims: tl.constexpr = len(u)
-    x = ()
-    for a in tl.static_range(dims):
-        s = t[a * (dims + 1) + dims]
-        # x comes last: a loop along a row then costs one multiply-add per axis.
-        for b in tl.static_range(dims):
-            s = tl.fma(t[a * (dims + 1) + dims - 1 - b], u[dims - 1 - b], s)
-        x = x + (s,)
-    return x
+    return _rows(t, u)
 
 
 @triton.jit
 def affine_vjp(coefficients, u, g):
-    dims: tl.constexpr = len(u)
-    gradients = ()
-    for a in tl.static_range(dims):
-        for b in tl.static_range(dims):
-            gradients = gradients + (g[a] * u[b],)
-        gradients = gradients + (g[a],)
-    return gradients
+    return _rows_vjp(g, u)
 
 
 @triton.jit
@@ -198,6 +186,137 @@ def _clamp_interval(first, last, size):
     first = tl.where(first > 0, tl.where(first < n, first, n), 0.0)
     last = tl.where(last < n - 1, tl.where(last > -1, last, -1.0), n - 1)
     return tl.ceil(first).to(tl.int32), tl.floor(last).to(tl.int32)
+
+
+@triton.jit
+def projective_load(
+    parameters_ptr, strides, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
+):  # fmt: skip
+    """A homogeneous matrix, (d+1, d+1) → the same from centred output indices to centred source pixels."""
+    dims: tl.constexpr = len(input_size)
+    coefficients = ()
+    for a in tl.static_range(dims + 1):
+        for b in tl.static_range(dims + 1):
+            entry = tl.load(parameters_ptr + a * (dims + 1) + b).to(COMPUTE)
+            scale = _projective_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
+            coefficients = coefficients + (entry * scale,)
+    return coefficients
+
+
+@triton.jit
+def projective_load_vjp(
+    gradients_ptr, gradients, strides, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """One program's share: the sum over its lanes."""
+    dims: tl.constexpr = len(input_size)
+    for a in tl.static_range(dims + 1):
+        for b in tl.static_range(dims + 1):
+            scale = _projective_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
+            total = tl.sum(gradients[a * (dims + 1) + b])
+            tl.store(gradients_ptr + (a * (dims + 1) + b), total * scale)
+
+
+@triton.jit
+def _projective_scale(
+    input_size, output_size, a: tl.constexpr, b: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """What entry (a, b) is multiplied by to act on pixels; the last row makes the divisor, which has no unit."""
+    dims: tl.constexpr = len(input_size)
+    if a < dims:
+        return _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
+    elif b < dims:
+        per_unit = pixels_per_unit(output_size[b], ALIGN_CORNERS, COMPUTE)
+        return tl.where(per_unit > 0, 1.0 / tl.where(per_unit > 0, per_unit, 1.0), 0.0)
+    else:
+        return tl.cast(1.0, COMPUTE)
+
+
+@triton.jit
+def projective(coefficients, u, input_size):
+    _, offset_from_middle, ahead = _project(coefficients, u)
+    x = ()
+    for a in tl.static_range(len(u)):
+        # At or behind infinity: out of bounds, wherever that is.
+        x = x + (tl.where(ahead, offset_from_middle[a] + middle(input_size[a], u[a].dtype), -(2.0**30)),)
+    return x
+
+
+@triton.jit
+def projective_jvp(coefficients, t, u):
+    dims: tl.constexpr = len(u)
+    inverse, y, ahead = _project(coefficients, u)
+    changes = _rows(t, u)
+    x = ()
+    for a in tl.static_range(dims):
+        x = x + (tl.where(ahead, (changes[a] - y[a] * changes[dims]) * inverse, 0.0),)
+    return x
+
+
+@triton.jit
+def projective_vjp(coefficients, u, g):
+    inverse, y, ahead = _project(coefficients, u)
+    rows = ()
+    last = tl.zeros_like(inverse)
+    for a in tl.static_range(len(u)):
+        row = tl.where(ahead, g[a] * inverse, 0.0)
+        rows = rows + (row,)
+        last -= row * y[a]
+    return _rows_vjp(rows + (last,), u)
+
+
+@triton.jit
+def projective_vjp_jvp(coefficients, t, u, g):
+    dims: tl.constexpr = len(u)
+    inverse, y, ahead = _project(coefficients, u)
+    changes = _rows(t, u)
+    inverse_change = -inverse * inverse * changes[dims]
+    rows = ()
+    last = tl.zeros_like(inverse)
+    for a in tl.static_range(dims):
+        y_change = (changes[a] - y[a] * changes[dims]) * inverse
+        row = tl.where(ahead, g[a] * inverse_change, 0.0)
+        rows = rows + (row,)
+        last -= row * y[a] + tl.where(ahead, g[a] * inverse * y_change, 0.0)
+    return _rows_vjp(rows + (last,), u)
+
+
+@triton.jit
+def _project(coefficients, u):
+    """The divisor's inverse, the source pixel from the middle, and whether it is ahead of infinity."""
+    dims: tl.constexpr = len(u)
+    rows = _rows(coefficients, u)
+    ahead = rows[dims] > 1e-30
+    inverse = 1.0 / tl.where(ahead, rows[dims], 1.0)
+    y = ()
+    for a in tl.static_range(dims):
+        y = y + (rows[a] * inverse,)
+    return inverse, y, ahead
+
+
+@triton.jit
+def _rows(matrix, u):
+    """A matrix of len(u) + 1 columns, times (u, 1): one number per row."""
+    dims: tl.constexpr = len(u)
+    result = ()
+    for a in tl.static_range(len(matrix) // (dims + 1)):
+        s = matrix[a * (dims + 1) + dims]
+        # x comes last: a loop along a row then costs one multiply-add per axis.
+        for b in tl.static_range(dims):
+            s = tl.fma(matrix[a * (dims + 1) + dims - 1 - b], u[dims - 1 - b], s)
+        result = result + (s,)
+    return result
+
+
+@triton.jit
+def _rows_vjp(g, u):
+    gradients = ()
+    for a in tl.static_range(len(g)):
+        for b in tl.static_range(len(u)):
+            gradients = gradients + (g[a] * u[b],)
+        gradients = gradients + (g[a],)
+    return gradients
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def python(code, cwd, *arguments, **kwargs):
 
 
 def test_public_names():
-    transforms = ["Affine", "Attention", "Displacement", "Grid", "Similarity"]
+    transforms = ["Affine", "Attention", "Displacement", "Grid", "Projective", "Similarity"]
     assert tri_stn.__all__ == [*transforms, "affine_grid", "fuse", "grid_sample", "splat", "warp"]
     assert all(getattr(tri_stn, name).__doc__ for name in tri_stn.__all__)
 

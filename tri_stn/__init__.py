@@ -3,7 +3,7 @@
 from .functional import grid_sample, splat, warp
 from .fuse import fuse
 from .lazy import affine_grid
-from .transforms import Affine, Attention, Displacement, Grid, Similarity
+from .transforms import Affine, Attention, Displacement, Grid, Projective, Similarity
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "Attention",
     "Displacement",
     "Grid",
+    "Projective",
     "Similarity",
     "affine_grid",
     "fuse",

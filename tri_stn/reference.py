@@ -38,8 +38,12 @@ class Transform:
     load_vjp: Callable[..., Tensor]
     map: Callable[[Tensor, _Pixels], list[Tensor]]
     map_jvp: Callable[[Tensor, Tensor, _Pixels], list[Tensor]]
-    map_vjp: Callable[[Tensor, _Pixels, list[Tensor]], None]
+    map_vjp: Callable[[Tensor, Tensor, _Pixels, list[Tensor]], None]
     """Adds to, or fills its part of, the gradient of the coefficients."""
+    map_vjp_jvp: Callable[[Tensor, Tensor, Tensor, _Pixels, list[Tensor]], None] | None = None
+    """Adds what map_vjp changes by along tangents of the coefficients; None where it does not."""
+    dense: bool = False
+    """Whether there are parameters for each output pixel."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +76,78 @@ def affine(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
 
 
 def affine_jvp(coefficients: Tensor, tangents: Tensor, pixels: _Pixels) -> list[Tensor]:
+    return _rows(tangents, pixels)
+
+
+def affine_vjp(grad: Tensor, coefficients: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
+    grad += _rows_vjp(grad_x, pixels)
+
+
+def projective_load(matrix: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
+    """(M, K, d+1, d+1), normalised → the same from centred output indices to centred source pixels."""
+    scale = _affine_scale(matrix, input_size, size, align_corners)
+    out_per_unit = [_pixels_per_unit(s, align_corners) for s in size]
+    last = matrix.new_tensor([[1 / o if o else 0.0 for o in out_per_unit] + [1.0]])
+    return matrix * torch.cat([scale, last])
+
+
+projective_load_vjp = projective_load_jvp = projective_load
+
+
+def projective(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
+    """Source pixel coordinates; at or behind infinity, a place out of bounds."""
+    _, y, ahead = _project(coefficients, pixels)
+    return [torch.where(ahead, s + (n - 1) / 2, -(2.0**30)) for s, n in zip(y, pixels.input_size, strict=True)]
+
+
+def projective_jvp(coefficients: Tensor, tangents: Tensor, pixels: _Pixels) -> list[Tensor]:
+    inverse, y, ahead = _project(coefficients, pixels)
+    *changes, last = _rows(tangents, pixels)
+    return [torch.where(ahead, (c - s * last) * inverse, 0) for c, s in zip(changes, y, strict=True)]
+
+
+def projective_vjp(grad: Tensor, coefficients: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
+    inverse, y, ahead = _project(coefficients, pixels)
+    rows = [torch.where(ahead, g * inverse, 0) for g in grad_x]
+    last = -sum((r * s for r, s in zip(rows, y, strict=True)), torch.zeros(()))
+    grad += _rows_vjp([*rows, last], pixels)
+
+
+def projective_vjp_jvp(
+    grad: Tensor, coefficients: Tensor, tangents: Tensor, pixels: _Pixels, grad_x: list[Tensor]
+) -> None:
+    inverse, y, ahead = _project(coefficients, pixels)
+    *_, last_change = _rows(tangents, pixels)
+    rows = [torch.where(ahead, -g * inverse**2 * last_change, 0) for g in grad_x]
+    last = torch.zeros_like(inverse)
+    for g, r, s, s_change in zip(grad_x, rows, y, projective_jvp(coefficients, tangents, pixels), strict=True):
+        last -= r * s + torch.where(ahead, g * inverse * s_change, 0)
+    grad += _rows_vjp([*rows, last], pixels)
+
+
+def _project(coefficients: Tensor, pixels: _Pixels) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The divisor's inverse, the source pixel from the middle, and whether it is ahead of infinity."""
+    *rows, divisor = _rows(coefficients, pixels)
+    ahead = divisor > 1e-30
+    inverse = 1 / torch.where(ahead, divisor, 1)
+    return inverse, [row * inverse for row in rows], ahead
+
+
+def _rows(matrix: Tensor, pixels: _Pixels) -> list[Tensor]:
+    """(M, K, rows, d+1), times each output pixel (u, 1): one (M, K, P) per row."""
     dims = len(pixels.u)
-    x = []
-    for axis in range(dims):
-        row = tangents[..., axis, :, None]
+    result = []
+    for row in matrix.unsqueeze(-1).unbind(-3):
         s = row[..., dims, :]
         for other in reversed(range(dims)):  # the kernels' order of rounding
             s = torch.addcmul(s, row[..., other, :], pixels.u[other])
-        x.append(s)
-    return x
+        result.append(s)
+    return result
 
 
-def affine_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
+def _rows_vjp(grad: list[Tensor], pixels: _Pixels) -> Tensor:
     basis = torch.stack([*pixels.u, torch.ones_like(pixels.u[0])])  # (d+1, P)
-    grad += torch.stack(grad_x, -2) @ basis.T
+    return torch.stack(grad, -2) @ basis.T
 
 
 def _affine_scale(like: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
@@ -125,7 +187,7 @@ def grid_jvp(field: Tensor, tangents: Tensor, pixels: _Pixels) -> list[Tensor]:
     return [values[..., a] * _pixels_per_unit(n, pixels.align_corners) for a, n in enumerate(pixels.input_size)]
 
 
-def grid_vjp(grad: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
+def grid_vjp(grad: Tensor, field: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
     grad.flatten(2, -2)[:, :, pixels.start : pixels.stop] = torch.stack(grad_x, -1)
 
 
@@ -159,12 +221,18 @@ def _read_field(field: Tensor, pixels: _Pixels) -> Tensor:
 
 TRANSFORMS = {
     "affine": Transform(affine_load, affine_load_jvp, affine_load_vjp, affine, affine_jvp, affine_vjp),
-    "grid": Transform(dense_load, dense_load, dense_load_vjp, grid, grid_jvp, grid_vjp),
-    "displacement": Transform(dense_load, dense_load, dense_load_vjp, displacement, grid_jvp, grid_vjp),
-    "pixel_displacement": Transform(
-        dense_load, dense_load, dense_load, pixel_displacement, pixel_displacement_jvp, grid_vjp
+    "projective": Transform(
+        projective_load, projective_load_jvp, projective_load_vjp,
+        projective, projective_jvp, projective_vjp, projective_vjp_jvp,
     ),
-}
+    "grid": Transform(dense_load, dense_load, dense_load_vjp, grid, grid_jvp, grid_vjp, dense=True),
+    "displacement": Transform(
+        dense_load, dense_load, dense_load_vjp, displacement, grid_jvp, grid_vjp, dense=True
+    ),
+    "pixel_displacement": Transform(
+        dense_load, dense_load, dense_load, pixel_displacement, pixel_displacement_jvp, grid_vjp, dense=True
+    ),
+}  # fmt: skip
 
 
 # --- padding: what a coordinate outside the image stands for, and the slope there ------------------
@@ -302,7 +370,7 @@ def _adjoint(
     grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
     parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
 ) -> None:  # fmt: skip
-    image = grad_input if grad_input is not None else input
+    image, transform = grad_input if grad_input is not None else input, sampling.transform
     assert image is not None
     compute = compute_dtype(image.dtype)
     grad_image = None
@@ -315,6 +383,7 @@ def _adjoint(
         grad = grad_output[:, :, chunk.pixels.start : chunk.pixels.stop].to(compute)
         grad = grad.unflatten(0, parameters.shape[:2]).transpose(1, 2)  # (M, C, K, P)
         grad_x = [torch.zeros_like(x) for x in chunk.x]
+        held_grad_x = [torch.zeros_like(x) for x in chunk.x]  # of the samples where they are, for a map that bends
         for corner in chunk.corners():
             inside = corner.inside[:, None]
             if grad_image is not None:
@@ -326,18 +395,23 @@ def _adjoint(
                 for axis in range(len(chunk.x)):
                     slope = corner.slope(axis) if chunk.t is None else corner.slope_jvp(axis)
                     grad_x[axis] += torch.where(corner.inside, slope * dot, 0)
+                    if chunk.tangents is not None and transform.map_vjp_jvp is not None:
+                        held_grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
             if grad_parameters is not None and input_tangent is not None:
                 dot = (_read(input_tangent, corner).to(compute) * grad).sum(1)
                 for axis in range(len(chunk.x)):
                     grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
         if grad_parameters is not None:
             grad_x = [g * s for g, s in zip(grad_x, chunk.padding_slopes, strict=True)]
-            sampling.transform.map_vjp(grad_coefficients, chunk.pixels, grad_x)
+            transform.map_vjp(grad_coefficients, chunk.coefficients, chunk.pixels, grad_x)
+            if chunk.tangents is not None and transform.map_vjp_jvp is not None:
+                held = [g * s for g, s in zip(held_grad_x, chunk.padding_slopes, strict=True)]
+                transform.map_vjp_jvp(grad_coefficients, chunk.coefficients, chunk.tangents, chunk.pixels, held)
     if grad_input is not None and grad_image is not None and grad_image is not grad_input:
         grad_input.copy_(grad_image)
     if grad_parameters is not None:
         sizes = tuple(reversed(image.shape[2:])), tuple(reversed(size[2:]))
-        grad_parameters.copy_(sampling.transform.load_vjp(grad_coefficients, *sizes, sampling.align_corners))
+        grad_parameters.copy_(transform.load_vjp(grad_coefficients, *sizes, sampling.align_corners))
 
 
 def _same_batch(*tensors: tuple[Tensor | None, int]) -> Iterator[list[Any]]:
@@ -400,6 +474,8 @@ class _Chunk:
     """Some output pixels of every map, and where they look."""
 
     pixels: _Pixels
+    coefficients: Tensor
+    tangents: Tensor | None
     x: list[Tensor]
     t: list[Tensor] | None
     """Tangents of x, where the parameters have one."""
@@ -455,8 +531,8 @@ class _Sampling:
         dtype = compute_dtype(image.dtype)
 
         def load(function: Callable[..., Tensor], numbers: Tensor) -> Tensor:
-            dense = self.kind != "affine"  # stays in its own dtype: a chunk at a time is converted
-            return function(numbers if dense else numbers.to(dtype), input_size, size, self.align_corners)
+            # A dense map stays in its own dtype: a chunk at a time is converted.
+            return function(numbers if transform.dense else numbers.to(dtype), input_size, size, self.align_corners)
 
         def pad(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
             return PADDINGS[self.padding_mode](x, n, self.align_corners)
@@ -481,11 +557,13 @@ class _Sampling:
                 padded = [pad(a, n) for a, n in zip(x, input_size, strict=True)]
                 x, slopes = [a for a, _ in padded], [s for _, s in padded]
                 t = None if t is None else [a * s for a, s in zip(t, slopes, strict=True)]
-                yield _Chunk(pixels, x, t, slopes, lambda q, n: q, interpolation, order)
+                yield _Chunk(pixels, coefficients, tangents, x, t, slopes, lambda q, n: q, interpolation, order)
             else:
                 x = [a.nan_to_num(nan=-(2.0**24)).clamp(8 - 2.0**24, 2.0**24 - 8) for a in x]  # integers stay exact
                 slopes = [torch.ones_like(a) for a in x]
-                yield _Chunk(pixels, x, t, slopes, lambda q, n: pad(q, n)[0], interpolation, order)
+                yield _Chunk(
+                    pixels, coefficients, tangents, x, t, slopes, lambda q, n: pad(q, n)[0], interpolation, order
+                )
 
 
 def _read(image: Tensor, corner: _Corner) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .transforms import Affine, Displacement, Grid, Transform
+from .transforms import Affine, Displacement, Grid, Projective, Transform
 
 ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
@@ -51,7 +51,9 @@ class Case:
     theta: tuple[tuple[float, ...], ...] | None = None
     """One matrix for all maps; random near the identity if None."""
     kind: str = "affine"
-    """Or "grid", "displacement" or "pixel_displacement": random fields that reach beyond the image."""
+    """Or "projective", random and mild; or "grid", "displacement" or "pixel_displacement", random fields
+    that reach beyond the image.
+    """
     seed: int = 0
 
     @property
@@ -68,7 +70,10 @@ class Case:
         image = torch.rand(self.images, self.channels, *self.input_size, generator=generator) * 2 - 1
         image = ARRANGEMENTS[self.arrangement](image.to(device, self.dtype))
         batch = (self.images,) if self.maps is None else (self.images, self.maps)
-        if self.kind != "affine":
+        if self.kind == "projective":
+            noise = torch.randn(*batch, dims + 1, dims + 1, generator=generator)
+            parameters = torch.eye(dims + 1) + torch.tensor([0.3] * dims + [0.15])[:, None] * noise
+        elif self.kind != "affine":
             reach = {"grid": 1.3, "displacement": 0.4, "pixel_displacement": 2.0}[self.kind]
             parameters = reach * (2 * torch.rand(*batch, *self.size, dims, generator=generator) - 1)
         elif self.theta is None:
@@ -83,13 +88,15 @@ class Case:
         """The transform that the parameters are for."""
         if self.kind == "pixel_displacement":
             return Displacement(parameters, unit="pixel")
-        return {"affine": Affine, "grid": Grid, "displacement": Displacement}[self.kind](parameters)
+        kinds = {"affine": Affine, "projective": Projective, "grid": Grid, "displacement": Displacement}
+        return kinds[self.kind](parameters)  # type: ignore[abstract]
 
 
 def truth_grid(case: Case, parameters: Tensor) -> Tensor:
     """Where a case's output pixels look, (maps, *size, d) in fp64, differentiable in the parameters."""
     dims = len(case.size)
-    maps = parameters.flatten(0, -3 if case.kind == "affine" else -dims - 2).double()
+    matrix = case.kind in ("affine", "projective")
+    maps = parameters.flatten(0, -3 if matrix else -dims - 2).double()
     if case.kind == "grid":
         return maps
     theta = maps if case.kind == "affine" else torch.eye(dims, dims + 1, device=maps.device).double()[None]
@@ -100,6 +107,13 @@ def truth_grid(case: Case, parameters: Tensor) -> Tensor:
         grid = grid[..., None]
     else:
         grid = F.affine_grid(theta, [len(theta), 1, *case.size], align_corners=case.align_corners)
+    if case.kind == "projective":
+        points = torch.cat([grid, torch.ones_like(grid[..., :1])], -1).flatten(1, -2)  # (1, P, d+1)
+        *rows, divisor = (points @ maps.mT).unbind(-1)
+        ahead = divisor > 0
+        safe = torch.where(ahead, divisor, 1)
+        grid = torch.stack([torch.where(ahead, row / safe, -1e6) for row in rows], -1)
+        return grid.unflatten(1, case.size)
     if case.kind == "pixel_displacement":
         maps = maps / torch.tensor(
             [(n - case.align_corners) / 2 for n in reversed(case.input_size)], device=maps.device

@@ -195,6 +195,50 @@ class Similarity(_AffineFamily):
 
 
 @dataclass(frozen=True, eq=False)
+class Projective(Transform):
+    """A projective map (homography): straight lines stay straight, parallels may meet.
+
+    The output point p looks at the input point ``(A p + b) / (w p + c)`` for the matrix ``[[A, b], [w, c]]``. Where the
+    divisor is not positive, p is at or behind infinity: out of bounds, and without a gradient. A matrix
+    and its negative are not the same map here: of the two take the one with a positive divisor in view.
+
+    Args:
+        matrix: (N, d+1, d+1) with d = 2 or 3, one map per image, or (N, K, d+1, d+1), K maps per image;
+            any float dtype. In normalised coordinates, x first. May require grad.
+
+    Raises:
+        TypeError: matrix is not a floating-point tensor.
+        ValueError: matrix has another shape.
+    """
+
+    matrix: Tensor
+
+    def __post_init__(self) -> None:
+        matrix = _check_floating(self.matrix, "Projective", "matrix")
+        if matrix.dim() not in (3, 4) or tuple(matrix.shape[-2:]) not in ((3, 3), (4, 4)):
+            raise ValueError(
+                "Projective takes a matrix of shape (N, 3, 3) or (N, K, 3, 3), or with (4, 4) for 3-D images; got "
+                f"{tuple(matrix.shape)}."
+            )
+
+    @property
+    def kind(self) -> str:
+        return "projective"
+
+    @property
+    def parameters(self) -> Tensor:
+        return self.matrix
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.matrix.shape[:-2]
+
+    @property
+    def dims(self) -> int:
+        return self.matrix.shape[-1] - 1
+
+
+@dataclass(frozen=True, eq=False)
 class _Dense(Transform):
     """A map with d numbers for each output pixel: (N, *size, d) or (N, K, *size, d)."""
 
