@@ -114,6 +114,9 @@ def all_cases() -> list[tuple[Case, str]]:
     for shape in ({"channels": 3}, {"channels": 3, **wide}, {"size": (1, 9)}, {"align_corners": True}, {"far": True}):
         once += cases("affine", linear, folding, **shape)
     once += cases("affine", linear, folding, size=(64,))
+    once += cases("projective", MODES, ("zeros", "reflection")) + cases("projective", linear, folding, **wide)
+    once += cases("projective", linear, ("zeros",), size=(6, 8, 16)) + cases("pixel_displacement", linear, ("zeros",))
+    once += cases("projective", ("bilinear", "bicubic"), folding, tangent=True)
     once += cases("affine", MODES, ("zeros", "reflection"), size=(6, 8, 16))
     once += cases("grid", ("bilinear", "bicubic"), ("zeros",), size=(6, 8, 16))
     smooth = ("bilinear", "bicubic")
@@ -154,7 +157,8 @@ def compile_case(case: Case, arch: str):
 
     dims = len(case.size)
     image, output = _image(case, case.size), _image(case, tuple(max(1, n // 2) for n in case.size))
-    batch = (2, 1, dims, dims + 1) if case.kind == "affine" else (2, 1, *output.shape[2:], dims)
+    matrix = {"affine": (dims, dims + 1), "projective": (dims + 1, dims + 1)}
+    batch = (2, 1, *matrix.get(case.kind, (*output.shape[2:], dims)))
     parameters = torch.empty(batch, device="meta")
     tangents = (image, parameters) if case.tangent else (None, None)
     options: dict[str, Any] = {

@@ -25,10 +25,14 @@ def warp(case):
 @pytest.mark.parametrize("padding_mode", PADDING_MODES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dims", SIZES)
-@pytest.mark.parametrize("kind,align_corners", [("affine", False), ("grid", True), ("displacement", False)])
+@pytest.mark.parametrize(
+    "kind,align_corners", [("affine", False), ("grid", True), ("displacement", False), ("projective", True)]
+)
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_gradcheck_of_everything(backend, kind, align_corners, dims, mode, padding_mode):
     """First and second order, reverse and forward mode, with batches of gradients: against differences in fp64."""
+    if (kind, dims) == ("projective", 1):
+        pytest.skip("a projective map takes 2-D and 3-D images")
     case = Case(kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners, channels=1, **DOUBLE)
     case = case.with_(input_size=SIZES[dims][0], size=SIZES[dims][1])
     image, parameters, _ = case.tensors(backend)
@@ -42,6 +46,9 @@ CHANGES = [
     *(Case(mode=m, padding_mode=p) for m, p in itertools.product(("bilinear", "bicubic"), PADDING_MODES)),
     Case(kind="grid", padding_mode="reflection", maps=2),
     Case(kind="displacement", mode="bicubic", align_corners=True),
+    Case(kind="projective", padding_mode="border"),
+    Case(kind="projective", mode="bicubic", maps=2),
+    Case(kind="projective", input_size=(3, 2, 4), size=(2, 3, 2)),
     Case(maps=2, padding_mode="border", arrangement="channels_last", channels=9),
     Case(input_size=(4,), size=(3,), padding_mode="border"),
     Case(input_size=(3, 2, 4), size=(2, 3, 2)),

@@ -14,6 +14,7 @@ SCATTERED = [
     Case(theta=((3.0, 0.1, 0.2), (0.3, 4.0, 0.1)), size=(40, 9), input_size=(3, 2), padding_mode="border"),
     Case(theta=((3.0, 0.1, 0.2), (0.3, 4.0, 0.1)), size=(40, 9), input_size=(3, 2), padding_mode="reflection",
          mode="bicubic", dtype=torch.float64),
+    Case(kind="projective", size=(40, 9), input_size=(3, 2)),
     Case(kind="grid", maps=2, size=(20, 9), input_size=(3, 2), mode="nearest", dtype=torch.float16),
 ]  # fmt: skip
 
@@ -94,7 +95,13 @@ def test_a_gradient_that_is_not_finite_shows(deterministic):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(kind="grid", size=(6, 5), input_size=(3, 2)), Case(padding_mode="border", size=(6, 5))], ids=str
+    "case",
+    [
+        Case(kind="grid", size=(6, 5), input_size=(3, 2)),
+        Case(kind="projective", size=(6, 5), input_size=(3, 2)),
+        Case(padding_mode="border", size=(6, 5)),
+    ],
+    ids=str,
 )
 def test_second_derivatives_too(deterministic, monkeypatch, case):
     """The slopes' sums are bounded by another scale: it holds, and gives the fast path's numbers."""

@@ -13,6 +13,39 @@ from tri_stn.testing import Case
 @pytest.mark.parametrize("padding_mode", PADDING_MODES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("align_corners", [False, True])
+def test_projective_maps_match_torch(backend, mode, padding_mode, align_corners):
+    case = Case(kind="projective", mode=mode, padding_mode=padding_mode, align_corners=align_corners, maps=2)
+    check(case.with_(size=(5, 4), input_size=(4, 6)), backend)
+
+
+def test_projective_maps_of_volumes(backend):
+    check(Case(kind="projective", size=(2, 3, 4), input_size=(3, 4, 2), arrangement="channels_last"), backend)
+
+
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+def test_infinity_and_what_lies_behind_it(backend, padding_mode):
+    """The divisor is x: the left half of the output is behind infinity and the middle column at it."""
+    image = torch.rand(1, 1, 3, 5, device=backend, requires_grad=True)
+    matrix = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [1, 0, 0]]], device=backend, requires_grad=True)
+    output = tri_stn.warp(image, tri_stn.Projective(matrix), padding_mode=padding_mode)
+    gradients = torch.autograd.grad(output[..., :3].sum(), (image, matrix), retain_graph=True)
+    assert output.isfinite().all() and (gradients[1] == 0).all()
+    if padding_mode == "zeros":
+        assert (output[..., :3] == 0).all() and (gradients[0] == 0).all()
+    assert (torch.autograd.grad(output[..., 3:].sum(), matrix)[0] != 0).any()
+
+
+def test_a_projective_matrix_of_an_affine_map_is_that_map(backend):
+    """Whatever positive number it is multiplied by."""
+    image, theta, _ = Case().tensors(backend)
+    matrix = torch.cat([theta, torch.tensor([[[0.0, 0.0, 1.0]]], device=backend)], 1)
+    expected = tri_stn.warp(image, tri_stn.Affine(theta))
+    torch.testing.assert_close(tri_stn.warp(image, tri_stn.Projective(3 * matrix)), expected)
+
+
+@pytest.mark.parametrize("padding_mode", PADDING_MODES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("align_corners", [False, True])
 def test_displacements_in_pixels_match_torch(backend, mode, padding_mode, align_corners):
     case = Case(kind="pixel_displacement", mode=mode, padding_mode=padding_mode, align_corners=align_corners)
     check(case.with_(size=(5, 4), input_size=(4, 6)), backend)
@@ -89,6 +122,7 @@ def test_gradients_of_all_parameters(backend, make, shapes):
         (lambda: tri_stn.Attention(torch.rand(2), torch.rand(2)), r"\(N, d\) or \(N, K, d\).*got \(2,\)"),
         (lambda: tri_stn.Similarity(torch.rand(2), torch.rand(3), torch.rand(2, 2)), r"angle.*got \(2, 2\) and \(3,\)"),
         (lambda: tri_stn.Similarity(torch.rand(2), torch.rand(2), torch.rand(2, 3)), r"got \(2, 3\)"),
+        (lambda: tri_stn.Projective(torch.rand(2, 2, 3)), r"\(N, 3, 3\) or \(N, K, 3, 3\).*got \(2, 2, 3\)"),
         (lambda: tri_stn.Displacement(torch.rand(1, 2, 3, 2), unit="voxel"), "'normalized' or 'pixel'; got 'voxel'"),
     ],
 )
