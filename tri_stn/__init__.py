@@ -3,8 +3,39 @@
 from .functional import grid_sample, splat, warp
 from .fuse import fuse
 from .lazy import affine_grid
+from .matrices import (
+    boxes,
+    compose,
+    crop_box,
+    from_pixel_matrix,
+    invert,
+    rotation,
+    scaling,
+    shear,
+    to_pixel_matrix,
+    translation,
+)
 from .transforms import Affine, Displacement, Grid
 
 __version__ = "0.1.0"
 
-__all__ = ["Affine", "Displacement", "Grid", "affine_grid", "fuse", "grid_sample", "splat", "warp"]
+__all__ = [
+    "Affine",
+    "Displacement",
+    "Grid",
+    "affine_grid",
+    "boxes",
+    "compose",
+    "crop_box",
+    "from_pixel_matrix",
+    "fuse",
+    "grid_sample",
+    "invert",
+    "rotation",
+    "scaling",
+    "shear",
+    "splat",
+    "to_pixel_matrix",
+    "translation",
+    "warp",
+]
