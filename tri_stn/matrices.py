@@ -279,7 +279,7 @@ def compose(*matrices: Tensor) -> Tensor:
     affine = all(matrix.shape[-2] == dims for matrix in matrices)
     axes = max(matrix.dim() for matrix in matrices)
     squares = [
-        _square(matrix).to(wide).reshape(*matrix.shape[:-2], *(1,) * (axes - matrix.dim()), dims + 1, dims + 1)
+        _square(matrix.to(wide)).reshape(*matrix.shape[:-2], *(1,) * (axes - matrix.dim()), dims + 1, dims + 1)
         for matrix in matrices
     ]
     _common_shape([square.shape[:-2] for square in squares])
@@ -407,7 +407,7 @@ def _length(name: str, value: object, allowed: Sequence[int] = (1, 2, 3)) -> int
         length = len(value)
     else:
         raise TypeError(f"{name} must be a sequence of numbers, x first, or a tensor; got {type(value).__name__}.")
-    if length not in allowed:
+    if all(length != n for n in allowed):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{length} numbers"
         raise ValueError(f"{name} must have {' or '.join(map(str, allowed))} numbers; got {got}.")
     return length
@@ -432,11 +432,11 @@ def _batched(*groups: list[Number]) -> tuple[list[list[Tensor]], torch.dtype]:
     numbers = [number for group in groups for number in group]
     tensors = [number for number in numbers if isinstance(number, Tensor)]
     if tensors:
-        dtype, device = _common_dtype(tensors), tensors[0].device
-        wide = torch.promote_types(dtype, torch.float32)
+        dtype = _common_dtype(tensors)
+        wide, device = torch.promote_types(dtype, torch.float32), tensors[0].device
     else:
-        dtype, device, wide = torch.get_default_dtype(), torch.get_default_device(), torch.float64
-    axes = max((tensor.dim() for tensor in tensors), default=1) or 1
+        dtype, wide, device = torch.get_default_dtype(), torch.float64, None
+    axes = max([1, *(tensor.dim() for tensor in tensors)])
     # From the left, as everywhere: (N,) goes with the N of (N, K).
     shapes = [(*tensor.shape, *(1,) * (axes - tensor.dim())) for tensor in tensors]
     shape = _common_shape([(1,) * axes, *shapes])
@@ -503,7 +503,8 @@ def _check_matrix(name: str, matrix: object) -> int:
     """The dimension d of a matrix (…, d, d+1) or (…, d+1, d+1)."""
     matrix = _check_floating(matrix, name, "matrices")
     rows, columns = matrix.shape[-2:] if matrix.dim() >= 2 else (0, 0)
-    if columns not in (2, 3, 4) or rows not in (columns - 1, columns):
+    # Not with `in`, which is false under torch.compile where a size is a symbol.
+    if not 2 <= columns <= 4 or not columns - 1 <= rows <= columns:
         raise ValueError(
             f"{name} takes matrices (…, 2, 3), affine, or (…, 3, 3), projective, with 2 or 4 columns for 1-D or 3-D; "
             f"got shape {tuple(matrix.shape)}."
