@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import tri_stn
 
-EXACT = {"rtol": 1e-9, "atol": 1e-9}
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SIZES = {1: ((7,), (5,)), 2: ((9, 14), (11, 6)), 3: ((5, 4, 7), (3, 6, 4))}
 ALIGN_CORNERS = pytest.mark.parametrize("align_corners", [False, True], ids=["edges", "corners"])
 
@@ -560,6 +560,8 @@ EYE = torch.eye(2, 3)[None]
         (lambda: tri_stn.rotation(torch.zeros(2), center=torch.zeros(2, device="meta")), ValueError, "one device"),
         (lambda: tri_stn.scaling((1, 2), size=(2, 3, 4)), ValueError, r"\(H, W\)"),
         (lambda: tri_stn.translation(0.5), TypeError, "sequence of numbers"),
+        (lambda: tri_stn.rotation(0.1, size=5), TypeError, "size must be a sequence"),
+        (lambda: tri_stn.boxes(torch.zeros(2, 4), 5, (3, 4)), TypeError, "input_size must be a sequence"),
         (lambda: tri_stn.translation((1, None)), TypeError, r"shift\[1\]"),
         (lambda: tri_stn.crop_box((0, 0, 1)), ValueError, "2 or 4 or 6"),
         (lambda: tri_stn.boxes(torch.zeros(4), (5, 9), (3, 4)), ValueError, r"\(N, 4\) or \(N, K, 4\)"),

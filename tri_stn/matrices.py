@@ -65,7 +65,7 @@ def rotation(
         TypeError: an argument is of another type, or a tensor is not floating-point.
         ValueError: shapes or devices do not fit together.
     """
-    if axis is None and size is not None and len(size) == 3:
+    if axis is None and size is not None and _length("size", size) == 3:
         raise ValueError(f"A rotation of a volume needs its axis, (x, y, z); got size {tuple(size)} and no axis.")
     dims = 2 if axis is None else 3
     (angles, direction, middle), dtype = _batched(
@@ -113,7 +113,8 @@ def scaling(
         dims = _length("scale", scale)
         numbers = _point("scale", scale, dims)
     else:
-        dims = len(size) if size is not None else 2 if center is None else _length("center", center)
+        shape = size if size is not None else center
+        dims = 2 if shape is None else _length("center" if size is None else "size", shape)
         numbers = _number("scale", scale) * dims
     (scales, middle), dtype = _batched(numbers, _point("center", center, dims))
     linear = [[1 / scales[i] if i == j else 0.0 for j in range(dims)] for i in range(dims)]
@@ -233,7 +234,7 @@ def boxes(
         ValueError: a shape or size is not one of these.
     """
     _check_floating(boxes, "boxes", "boxes")
-    dims = len(input_size)
+    dims = _length("input_size", input_size)
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 2 * dims:
         raise ValueError(
             f"boxes takes boxes of shape (N, {2 * dims}) or (N, K, {2 * dims}) for input_size {tuple(input_size)}; got "
@@ -406,7 +407,9 @@ def _length(name: str, value: object, allowed: Sequence[int] = (1, 2, 3)) -> int
     elif isinstance(value, Sequence) and not isinstance(value, str):
         length = len(value)
     else:
-        raise TypeError(f"{name} must be a sequence of numbers, x first, or a tensor; got {type(value).__name__}.")
+        raise TypeError(
+            f"{name} must be a sequence of numbers, or a tensor where it may be one; got {type(value).__name__}."
+        )
     if all(length != n for n in allowed):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{length} numbers"
         raise ValueError(f"{name} must have {' or '.join(map(str, allowed))} numbers; got {got}.")
@@ -439,7 +442,7 @@ def _batched(*groups: list[Number]) -> tuple[list[list[Tensor]], torch.dtype]:
     axes = max([1, *(tensor.dim() for tensor in tensors)])
     # From the left, as everywhere: (N,) goes with the N of (N, K).
     shapes = [(*tensor.shape, *(1,) * (axes - tensor.dim())) for tensor in tensors]
-    shape = _common_shape([(1,) * axes, *shapes])
+    shape = _common_shape(shapes or [(1,)])
 
     def batch(number: Number) -> Tensor:
         if not isinstance(number, Tensor):
