@@ -3,6 +3,18 @@
 from .functional import grid_sample, splat, warp
 from .fuse import fuse
 from .lazy import affine_grid
+from .matrices import (
+    boxes,
+    compose,
+    crop_box,
+    from_pixel_matrix,
+    invert,
+    rotation,
+    scaling,
+    shear,
+    to_pixel_matrix,
+    translation,
+)
 from .transforms import Affine, Attention, Displacement, Grid, Projective, Similarity
 
 __version__ = "0.1.0"
@@ -15,8 +27,18 @@ __all__ = [
     "Projective",
     "Similarity",
     "affine_grid",
+    "boxes",
+    "compose",
+    "crop_box",
+    "from_pixel_matrix",
     "fuse",
     "grid_sample",
+    "invert",
+    "rotation",
+    "scaling",
+    "shear",
     "splat",
+    "to_pixel_matrix",
+    "translation",
     "warp",
 ]
