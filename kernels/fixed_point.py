@@ -2,8 +2,8 @@
 
 Floating-point atomics add in whatever order the programs arrive, and each order rounds otherwise.
 Integers add the same in any order. Each image has a scale of its own, a power of two as large as
-the sum of all that may land on one pixel allows; a gradient of 2**20 samples is then summed in
-steps of less than 2**-38 of its largest element. A gradient that is not finite makes NaN of its
+the sum of all that may land on one pixel allows; a gradient of 2**20 bilinear samples is then summed
+in steps of 2**-39 of its largest element or less. A gradient that is not finite makes NaN of its
 whole image.
 """
 
