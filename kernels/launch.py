@@ -30,8 +30,10 @@ def packed(dense, parameters, tangent):
     """Parameters and their tangent, the parameters themselves where there is none, as the kernels read
     them: a dense map in place, a few numbers per map next to each other.
     """
-    tangent = parameters if tangent is None else tangent
-    return (parameters, tangent) if dense else (parameters.contiguous(), tangent.contiguous())
+    given = (parameters,) if tangent is None else (parameters, tangent)
+    if not dense:
+        given = tuple(numbers.contiguous() for numbers in given)
+    return given[0], given[-1]
 
 
 COUNTS = ["maps", *(f"{name}_batch" for name in _BATCHED)]

@@ -4,7 +4,7 @@ One program owns a tile of output pixels of one map. It adds grad_input by atomi
 gradient of the transform's coefficients to one partial sum. It serves what the walk does not:
 
     FOLDED_ONLY  samples that a padding mode folds back into the image, before the walk
-    otherwise    dense maps; and the transform's gradient alone, a pure reduction with NEED_INPUT off
+    otherwise    maps that no walk serves; and the transform's gradient alone, a pure reduction with NEED_INPUT off
 
 With TANGENT, instead, what both gradients change by where the parameters move by
 parameters_tangent and, with INPUT_TANGENT, the input by input_tangent: a second derivative.

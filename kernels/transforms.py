@@ -30,14 +30,7 @@ def affine_load(
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """theta, (d, d+1) → the same matrix from centred output indices to centred source pixels."""
-    dims: tl.constexpr = len(input_size)
-    coefficients = ()
-    for a in tl.static_range(dims):
-        for b in tl.static_range(dims + 1):
-            theta = tl.load(parameters_ptr + a * (dims + 1) + b).to(COMPUTE)
-            scale = _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-            coefficients = coefficients + (theta * scale,)
-    return coefficients
+    return _load_matrix(parameters_ptr, len(input_size), input_size, output_size, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
@@ -46,12 +39,7 @@ def affine_load_vjp(
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share: the sum over its lanes."""
-    dims: tl.constexpr = len(input_size)
-    for a in tl.static_range(dims):
-        for b in tl.static_range(dims + 1):
-            scale = _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-            total = tl.sum(gradients[a * (dims + 1) + b])
-            tl.store(gradients_ptr + (a * (dims + 1) + b), total * scale)
+    _store_matrix_vjp(gradients_ptr, gradients, len(input_size), input_size, output_size, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
@@ -71,7 +59,7 @@ def _affine_scale(
 @triton.jit
 def affine(coefficients, u, input_size):
     x = ()
-    s = affine_jvp(coefficients, coefficients, u)
+    s = _rows(coefficients, u)
     for a in tl.static_range(len(u)):
         # The middle comes last: what is added before rounds at its own, smaller magnitude.
         x = x + (s[a] + middle(input_size[a], s[a].dtype),)
@@ -194,14 +182,7 @@ def projective_load(
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """A homogeneous matrix, (d+1, d+1) → the same from centred output indices to centred source pixels."""
-    dims: tl.constexpr = len(input_size)
-    coefficients = ()
-    for a in tl.static_range(dims + 1):
-        for b in tl.static_range(dims + 1):
-            entry = tl.load(parameters_ptr + a * (dims + 1) + b).to(COMPUTE)
-            scale = _projective_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-            coefficients = coefficients + (entry * scale,)
-    return coefficients
+    return _load_matrix(parameters_ptr, len(input_size) + 1, input_size, output_size, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
@@ -210,27 +191,7 @@ def projective_load_vjp(
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share: the sum over its lanes."""
-    dims: tl.constexpr = len(input_size)
-    for a in tl.static_range(dims + 1):
-        for b in tl.static_range(dims + 1):
-            scale = _projective_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-            total = tl.sum(gradients[a * (dims + 1) + b])
-            tl.store(gradients_ptr + (a * (dims + 1) + b), total * scale)
-
-
-@triton.jit
-def _projective_scale(
-    input_size, output_size, a: tl.constexpr, b: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """What entry (a, b) is multiplied by to act on pixels; the last row makes the divisor, which has no unit."""
-    dims: tl.constexpr = len(input_size)
-    if a < dims:
-        return _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-    elif b < dims:
-        per_unit = pixels_per_unit(output_size[b], ALIGN_CORNERS, COMPUTE)
-        return tl.where(per_unit > 0, 1.0 / tl.where(per_unit > 0, per_unit, 1.0), 0.0)
-    else:
-        return tl.cast(1.0, COMPUTE)
+    _store_matrix_vjp(gradients_ptr, gradients, len(input_size) + 1, input_size, output_size, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
@@ -296,6 +257,44 @@ def _project(coefficients, u):
 
 
 @triton.jit
+def _load_matrix(ptr, ROWS: tl.constexpr, input_size, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+    """A matrix (ROWS, d+1) that acts on normalised coordinates → one that acts on pixels."""
+    columns: tl.constexpr = len(input_size) + 1
+    matrix = ()
+    for a in tl.static_range(ROWS):
+        for b in tl.static_range(columns):
+            entry = tl.load(ptr + a * columns + b).to(COMPUTE)
+            matrix = matrix + (entry * _matrix_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE),)
+    return matrix
+
+
+@triton.jit
+def _store_matrix_vjp(
+    ptr, gradients, ROWS: tl.constexpr, input_size, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
+):
+    columns: tl.constexpr = len(input_size) + 1
+    for a in tl.static_range(ROWS):
+        for b in tl.static_range(columns):
+            scale = _matrix_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
+            tl.store(ptr + (a * columns + b), tl.sum(gradients[a * columns + b]) * scale)
+
+
+@triton.jit
+def _matrix_scale(
+    input_size, output_size, a: tl.constexpr, b: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """What entry (a, b) is multiplied by to act on pixels; a last row makes a divisor, which has no unit."""
+    dims: tl.constexpr = len(input_size)
+    if a < dims:
+        return _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
+    elif b < dims:
+        per_unit = pixels_per_unit(output_size[b], ALIGN_CORNERS, COMPUTE)
+        return tl.where(per_unit > 0, 1.0 / tl.where(per_unit > 0, per_unit, 1.0), 0.0)
+    else:
+        return tl.cast(1.0, COMPUTE)
+
+
+@triton.jit
 def _rows(matrix, u):
     """A matrix of len(u) + 1 columns, times (u, 1): one number per row."""
     dims: tl.constexpr = len(u)
@@ -345,10 +344,12 @@ def grid_load_vjp(
     gradients_ptr, gradients, strides, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
+    scaled = ()
     for axis in tl.static_range(len(p)):
-        gradient = gradients[axis] * pixels_per_unit(input_size[axis], ALIGN_CORNERS, COMPUTE)
-        at = gradients_ptr + _component_offset(strides, p, axis, INDEX)
-        tl.store(at, gradient.to(gradients_ptr.dtype.element_ty), mask=mask)
+        scaled = scaled + (gradients[axis] * pixels_per_unit(input_size[axis], ALIGN_CORNERS, COMPUTE),)
+    pixel_displacement_load_vjp(
+        gradients_ptr, scaled, strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX
+    )
 
 
 @triton.jit

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_operators import Allocations
+from test_warp import MODES, PADDING_MODES
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import tri_stn
 from tri_stn.testing import Case
 
-MODES, PADDING_MODES = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
 SIZES = {1: ((5,), (4,)), 2: ((3, 4), (3, 2)), 3: ((3, 2, 3), (2, 1, 2))}
 DOUBLE = {"dtype": torch.float64, "theta_dtype": torch.float64}
 

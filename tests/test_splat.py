@@ -1,20 +1,14 @@
 """splat: the exact adjoint of warp, with every transform and option."""
 
-import itertools
 import os
 
 import pytest
 import torch
+from test_warp import OPTIONS
 
 import tri_stn
 from tri_stn.testing import Case
 
-OPTIONS = [
-    pytest.param({"mode": m, "padding_mode": p, "align_corners": a}, id=f"{m}-{p}-{'corners' if a else 'edges'}")
-    for m, p, a in itertools.product(
-        ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection"), (False, True)
-    )
-]
 SIZES = {1: ((7,), (5,)), 2: ((5, 4), (4, 6)), 3: ((3, 4, 2), (2, 3, 4))}
 
 

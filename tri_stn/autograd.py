@@ -70,23 +70,23 @@ def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, p
 
     ``per`` tells how many entries of each tensor's first dimension belong to one image.
     """
-    tensors = list(args[: len(per)])
+    tensors, mapped = list(args[: len(per)]), [dim is not None for dim in in_dims[: len(per)]]
     for i, dim in enumerate(in_dims[: len(per)]):
         if dim is not None:
             tensors[i] = tensors[i].movedim(dim, 0)
-    mapped = [dim is not None for dim in in_dims]
-    batches = [0 if t is None else t.shape[m] // p for t, m, p in zip(tensors, mapped, per, strict=False) if p]
+    batch = max(t.shape[m] // p for t, m, p in zip(tensors, mapped, per, strict=True) if t is not None and p)
     for i, p in enumerate(per):
         if mapped[i]:
-            again = max(batches) // (tensors[i].shape[1] // p)  # more than 1 only in a vmap of a vmap
+            again = batch // (tensors[i].shape[1] // p)  # more than 1 only in a vmap of a vmap
             if again > 1:
                 tensors[i] = tensors[i].repeat(1, again, *[1] * (tensors[i].dim() - 2))
             tensors[i] = tensors[i].flatten(0, 1)
     results = _apply(function, *tensors, *args[len(per) :])
-    several = isinstance(results, tuple)
-    folded = [r.unflatten(0, (info.batch_size, -1)) if r.dim() > 1 else r for r in (results if several else [results])]
-    out_dims = [0 if r.dim() > 1 else None for r in (results if several else [results])]
-    return (tuple(folded), tuple(out_dims)) if several else (folded[0], out_dims[0])
+    if isinstance(results, Tensor):
+        return results.unflatten(0, (info.batch_size, -1)), 0
+    asked = [r.dim() > 1 for r in results]  # a gradient that nobody asked for is empty
+    folded = (r.unflatten(0, (info.batch_size, -1)) if a else r for r, a in zip(results, asked, strict=True))
+    return tuple(folded), tuple(0 if a else None for a in asked)
 
 
 class _Warp(torch.autograd.Function):

@@ -166,7 +166,7 @@ def grid_sample(
 ) -> Tensor:
     """`torch.nn.functional.grid_sample`, with the same signature, warning and numbers.
 
-    Beyond it: 1-D images, (N, C, W) with grid (N, W_out, 1); bicubic in 1-D; a grid of another
+    Beyond it: 1-D images, (N, C, W) with grid (N, W_out, 1); bicubic in 1-D and 3-D; a grid of another
     dtype than the image; complex images; one image with many grids, and K grids per image, (N, K,
     *size, d) → (N, K, C, *size); channels_last kept; fp32 coordinates and sums for 16-bit images.
 
@@ -209,7 +209,7 @@ def _match_batch(input: Tensor, parameters: Tensor, batch: Sequence[int]) -> tup
 
 
 def _common_batch(images: int, maps: int) -> int:
-    if images != maps and 1 not in (images, maps):
+    if images != maps and images != 1 and maps != 1:  # not with `in`: sizes may be symbols
         raise ValueError(
             f"input and transform must have the same batch size, or either of them 1; got {images} images "
             f"and {maps} maps. For several maps per image, give the transform the shape (N, K, …)."

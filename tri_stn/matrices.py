@@ -138,8 +138,7 @@ def translation(shift: Point, *, size: Sequence[int] | None = None, align_corner
     dims = _length("shift", shift)
     (shifts,), dtype = _batched(_point("shift", shift, dims))
     half = _units("size", size, dims, align_corners).half
-    offset = [-s / h for s, h in zip(shifts, half, strict=True)]
-    return _stack([[float(i == j) for j in range(dims)] + [offset[i]] for i in range(dims)], dtype)
+    return _diagonal([1.0] * dims, [-s / h for s, h in zip(shifts, half, strict=True)], dtype)
 
 
 def shear(
@@ -190,10 +189,9 @@ def crop_box(box: Point) -> Tensor:
     length = _length("box", box, (2, 4, 6))
     dims = length // 2
     (corners,), dtype = _batched(_point("box", box, length))
-    rows = []
-    for i, (low, high) in enumerate(zip(corners[:dims], corners[dims:], strict=True)):
-        rows.append([(high - low) / 2 if i == j else 0.0 for j in range(dims)] + [(low + high) / 2])
-    return _stack(rows, dtype)
+    lows, highs = corners[:dims], corners[dims:]
+    scales = [(high - low) / 2 for low, high in zip(lows, highs, strict=True)]
+    return _diagonal(scales, [(low + high) / 2 for low, high in zip(lows, highs, strict=True)], dtype)
 
 
 def boxes(
@@ -243,13 +241,13 @@ def boxes(
     (corners,), dtype = _batched(_point("boxes", boxes, 2 * dims))
     half_in, middle_in = _units("input_size", input_size, dims, align_corners)
     half_out, _ = _units("output_size", output_size, dims, align_corners)
-    rows = []
+    scales, offsets = [], []
     for i, (low, high, pixels) in enumerate(zip(corners[:dims], corners[dims:], reversed(output_size), strict=True)):
         width = high - low if aligned else (high - low).clamp(min=1)
         middle = low + width / 2 - 0.5 * aligned  # as a pixel index: the left edge of pixel 0 is at -0.5
-        scale = width * (half_out[i] / (pixels * half_in[i]))
-        rows.append([scale if i == j else 0.0 for j in range(dims)] + [(middle - middle_in[i]) / half_in[i]])
-    return _stack(rows, dtype)
+        scales.append(width * (half_out[i] / (pixels * half_in[i])))
+        offsets.append((middle - middle_in[i]) / half_in[i])
+    return _diagonal(scales, offsets, dtype)
 
 
 def compose(*matrices: Tensor) -> Tensor:
@@ -534,6 +532,12 @@ def _about(
     fixed = [(c - m) / h for c, m, h in zip(center, middle, half, strict=True)]
     moved = [sum((entry * f for entry, f in zip(row, fixed, strict=True)), start=0.0) for row in rows]
     return _stack([[*row, f - m] for row, f, m in zip(rows, fixed, moved, strict=True)], dtype)
+
+
+def _diagonal(scales: Sequence[Tensor | float], offsets: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Theta of a map that takes each axis by itself: scale · u + offset."""
+    dims = len(offsets)
+    return _stack([[scales[i] if i == j else 0.0 for j in range(dims)] + [offsets[i]] for i in range(dims)], dtype)
 
 
 def _stack(rows: list[list[Tensor | float]], dtype: torch.dtype) -> Tensor:

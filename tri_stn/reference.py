@@ -28,13 +28,12 @@ CHUNK_ELEMENTS = 2**19
 
 @dataclass(frozen=True)
 class Transform:
-    """`load` folds the change of units into the parameters, `load_jvp` into a change of them; `map`
-    sends a chunk of output pixels to source pixels and `map_jvp` tangents of the coefficients to
-    theirs. `map_vjp` and `load_vjp` take gradients the same way back.
+    """`load` folds the change of units into the parameters, and is linear; `map` sends a chunk of
+    output pixels to source pixels and `map_jvp` tangents of the coefficients to theirs. `map_vjp`
+    and `load_vjp` take gradients the same way back.
     """
 
     load: Callable[..., Tensor]
-    load_jvp: Callable[..., Tensor]
     load_vjp: Callable[..., Tensor]
     map: Callable[[Tensor, _Pixels], list[Tensor]]
     map_jvp: Callable[[Tensor, Tensor, _Pixels], list[Tensor]]
@@ -61,17 +60,20 @@ class _Pixels:
     align_corners: bool
 
 
-def affine_load(theta: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
-    """(M, K, d, d+1), normalised → the same matrix from centred output indices to centred source pixels."""
-    return theta * _affine_scale(theta, input_size, size, align_corners)
+def matrix_load(matrix: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
+    """(M, K, d or d+1, d+1), normalised → the same from centred output indices to centred source pixels."""
+    scale = _affine_scale(matrix, input_size, size, align_corners)
+    out_per_unit = [_pixels_per_unit(s, align_corners) for s in size]
+    last = matrix.new_tensor([[1 / o if o else 0.0 for o in out_per_unit] + [1.0]])
+    return matrix * torch.cat([scale, last])[: matrix.shape[-2]]
 
 
-affine_load_vjp = affine_load_jvp = affine_load  # a factor for each entry: its own transpose
+matrix_load_vjp = matrix_load  # a factor for each entry: its own transpose
 
 
 def affine(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
     """Source pixel coordinates, d × (M, K, P)."""
-    x = affine_jvp(coefficients, coefficients, pixels)
+    x = _rows(coefficients, pixels)
     return [s + (n - 1) / 2 for s, n in zip(x, pixels.input_size, strict=True)]
 
 
@@ -81,17 +83,6 @@ def affine_jvp(coefficients: Tensor, tangents: Tensor, pixels: _Pixels) -> list[
 
 def affine_vjp(grad: Tensor, coefficients: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
     grad += _rows_vjp(grad_x, pixels)
-
-
-def projective_load(matrix: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
-    """(M, K, d+1, d+1), normalised → the same from centred output indices to centred source pixels."""
-    scale = _affine_scale(matrix, input_size, size, align_corners)
-    out_per_unit = [_pixels_per_unit(s, align_corners) for s in size]
-    last = matrix.new_tensor([[1 / o if o else 0.0 for o in out_per_unit] + [1.0]])
-    return matrix * torch.cat([scale, last])
-
-
-projective_load_vjp = projective_load_jvp = projective_load
 
 
 def projective(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
@@ -220,19 +211,16 @@ def _read_field(field: Tensor, pixels: _Pixels) -> Tensor:
 
 
 TRANSFORMS = {
-    "affine": Transform(affine_load, affine_load_jvp, affine_load_vjp, affine, affine_jvp, affine_vjp),
+    "affine": Transform(matrix_load, matrix_load_vjp, affine, affine_jvp, affine_vjp),
     "projective": Transform(
-        projective_load, projective_load_jvp, projective_load_vjp,
-        projective, projective_jvp, projective_vjp, projective_vjp_jvp,
+        matrix_load, matrix_load_vjp, projective, projective_jvp, projective_vjp, projective_vjp_jvp
     ),
-    "grid": Transform(dense_load, dense_load, dense_load_vjp, grid, grid_jvp, grid_vjp, dense=True),
-    "displacement": Transform(
-        dense_load, dense_load, dense_load_vjp, displacement, grid_jvp, grid_vjp, dense=True
-    ),
+    "grid": Transform(dense_load, dense_load_vjp, grid, grid_jvp, grid_vjp, dense=True),
+    "displacement": Transform(dense_load, dense_load_vjp, displacement, grid_jvp, grid_vjp, dense=True),
     "pixel_displacement": Transform(
-        dense_load, dense_load, dense_load, pixel_displacement, pixel_displacement_jvp, grid_vjp, dense=True
+        dense_load, dense_load, pixel_displacement, pixel_displacement_jvp, grid_vjp, dense=True
     ),
-}  # fmt: skip
+}
 
 
 # --- padding: what a coordinate outside the image stands for, and the slope there ------------------
@@ -530,15 +518,16 @@ class _Sampling:
         transform, interpolation = self.transform, INTERPOLATIONS[self.mode]
         dtype = compute_dtype(image.dtype)
 
-        def load(function: Callable[..., Tensor], numbers: Tensor) -> Tensor:
+        def load(numbers: Tensor) -> Tensor:
             # A dense map stays in its own dtype: a chunk at a time is converted.
-            return function(numbers if transform.dense else numbers.to(dtype), input_size, size, self.align_corners)
+            numbers = numbers if transform.dense else numbers.to(dtype)
+            return transform.load(numbers, input_size, size, self.align_corners)
 
         def pad(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
             return PADDINGS[self.padding_mode](x, n, self.align_corners)
 
-        coefficients = load(transform.load, parameters)
-        tangents = None if tangent is None else load(transform.load_jvp, tangent)
+        coefficients = load(parameters)
+        tangents = None if tangent is None else load(tangent)
         order += tangent is not None
         count = math.prod(size)
         step = max(1, CHUNK_ELEMENTS // (output_shape[0] * (output_shape[1] + len(size))))

@@ -107,7 +107,8 @@ class _AffineFamily(Transform):
 
     @functools.cached_property
     def parameters(self) -> Tensor:  # type: ignore[override]
-        return torch.cat([self._linear, self.translation.unsqueeze(-1).to(self._linear.dtype)], -1)
+        linear = self._linear
+        return torch.cat([linear, self.translation.unsqueeze(-1).to(linear.dtype)], -1)
 
     @property
     def _linear(self) -> Tensor:
