@@ -173,12 +173,14 @@ def compile_case(case: Case, arch: str):
     }
     with _compiling_for(arch) as launches:
         if case.kernel == "gather":
-            kernels.gather(output, image, parameters, *tangents, **options)
+            kernels.gather(output, image, parameters, None, None, *tangents, **options)
         else:
             grad_image = None if case.kernel == "reduce" else torch.empty_like(image)
             grad_parameters = torch.empty_like(parameters) if case.need_parameters else None
             options["deterministic"] = case.deterministic
-            kernels.adjoint(grad_image, grad_parameters, output, image, parameters, *tangents, **options)
+            kernels.adjoint(
+                grad_image, grad_parameters, None, output, image, parameters, None, None, *tangents, **options
+            )
     name = {"reduce": "scatter"}.get(case.kernel, case.kernel) + "_kernel"
     (compiled,) = launches[name]
     return compiled

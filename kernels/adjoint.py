@@ -22,8 +22,9 @@ from .walk import walk_kernel
 
 
 def adjoint(
-    grad_input, grad_parameters, grad_output, input, parameters, input_tangent=None, parameters_tangent=None,
-    *, kind, mode, padding_mode, align_corners, deterministic=False,
+    grad_input, grad_parameters, grad_auxiliary, grad_output, input, parameters, auxiliary=None, fill=None,
+    input_tangent=None, parameters_tangent=None,
+    *, kind, mode, padding_mode, align_corners, supersample=1, deterministic=False,
 ):  # fmt: skip
     """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both.
 

@@ -82,8 +82,8 @@ def gather_kernel(
 
 
 def gather(
-    output, input, parameters, input_tangent=None, parameters_tangent=None,
-    *, kind, mode, padding_mode, align_corners,
+    output, input, parameters, auxiliary=None, fill=None, input_tangent=None, parameters_tangent=None,
+    *, kind, mode, padding_mode, align_corners, supersample=1,
 ):  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
 

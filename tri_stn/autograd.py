@@ -22,36 +22,42 @@ from torch._functorch.utils import unwrap_dead_wrappers
 
 from . import ops
 
-Options = tuple[str, str, str, bool]
-"""Kind of transform, mode, padding_mode, align_corners."""
+Options = tuple[str, str, str, bool, int]
+"""Kind of transform, mode, padding_mode, align_corners, supersample."""
 _Optional = Tensor | None
 
 
-def warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+def warp(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, *options: Any,
+) -> Tensor:  # fmt: skip
     """Input (M, C, *input_size) read through parameters (M, K, …) → (M * K, C, *size)."""
     if torch.compiler.is_exporting():
-        return torch.ops.tri_stn.warp(input, parameters, size, *options)
+        return torch.ops.tri_stn.warp(input, parameters, auxiliary, fill, size, project, *options)
     if torch.compiler.is_compiling():
         from . import graph  # noqa: F401
-    return _warp(input, parameters, size, *options)
+    return _warp(input, parameters, auxiliary, fill, size, project, *options)
 
 
-def splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+def splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
     """The adjoint of `warp` in its input: (M * K, C, *input_size) added up to (M, C, *size)."""
     if torch.compiler.is_exporting():
-        return torch.ops.tri_stn.splat(input, parameters, size, *options)
+        return torch.ops.tri_stn.splat(input, parameters, auxiliary, size, *options)
     if torch.compiler.is_compiling():
         from . import graph  # noqa: F401
-    return _splat(input, parameters, size, *options)
+    return _splat(input, parameters, auxiliary, size, *options)
 
 
-def _warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
-    return _apply(_Warp, input, parameters, size, options)
+def _warp(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, *options: Any,
+) -> Tensor:  # fmt: skip
+    return _apply(_Warp, input, parameters, auxiliary, fill, size, project, options)
 
 
-def _splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+def _splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
     layout = size, ops.is_channels_last(input)
-    return _apply(_Backward, input, None, parameters, layout, (True, False), options)[0]
+    return _apply(_Backward, input, None, parameters, auxiliary, None, layout, (True, False, False), options)[0]
 
 
 ops.library.impl("warp", _warp, "Autograd")
@@ -93,32 +99,36 @@ class _Warp(torch.autograd.Function):
     """F(x, θ)."""
 
     @staticmethod
-    def forward(input: Tensor, parameters: Tensor, size: Sequence[int], options: Options) -> Tensor:
-        return torch.ops.tri_stn.warp_forward(input, parameters, None, None, size, *options)
+    def forward(
+        input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+        size: Sequence[int], project: str, options: Options,
+    ) -> Tensor:  # fmt: skip
+        tensors = input, parameters, auxiliary, fill, None, None
+        return torch.ops.tri_stn.warp_forward(*tensors, size, project, False, *options)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        input, parameters, ctx.size, ctx.options = inputs
+        input, parameters, auxiliary, fill, ctx.size, ctx.project, ctx.options = inputs
         # The warp is linear in the image: only the transform's gradient has to see it again.
-        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, parameters)
-        ctx.save_for_forward(input, parameters)
+        kept = input if any(ctx.needs_input_grad[1:3]) else None
+        ctx.save_for_backward(kept, parameters, auxiliary, fill)
+        ctx.save_for_forward(input, parameters, auxiliary, fill)
         ctx.layout = input.shape[2:], ops.is_channels_last(input)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        input, parameters = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        gradients = _apply(_Backward, grad_output, input, parameters, ctx.layout, needs, ctx.options)
-        return *_wanted(gradients, needs), None, None
+        needs = ctx.needs_input_grad[:3]
+        gradients = _apply(_Backward, grad_output, *ctx.saved_tensors, ctx.layout, needs, ctx.options)
+        return *_wanted(gradients, needs), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, *_: Any) -> Tensor:
-        input, parameters = ctx.saved_tensors
-        return _change(input, parameters, input_tangent, parameters_tangent, ctx.size, ctx.options)
+        input, parameters, _, fill = ctx.saved_tensors
+        return _change(input, parameters, fill, input_tangent, parameters_tangent, ctx.size, ctx.project, ctx.options)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Warp, info, in_dims, *args, per=(1, 1))
+        return _vmap(_Warp, info, in_dims, *args, per=(1, 1, 0, 0))
 
 
 class _Backward(torch.autograd.Function):
@@ -126,21 +136,22 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output: Tensor, input: _Optional, parameters: Tensor,
-        layout: tuple, needs: tuple[bool, bool], options: Options,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return torch.ops.tri_stn.warp_backward(grad_output, input, parameters, None, None, *layout, *needs, *options)
+        grad_output: Tensor, input: _Optional, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+        layout: tuple, needs: tuple[bool, bool, bool], options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        tensors = grad_output, input, parameters, auxiliary, fill, None, None
+        return torch.ops.tri_stn.warp_backward(*tensors, *layout, *needs, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_output, input, parameters, ctx.layout, ctx.needs, ctx.options = inputs
-        ctx.save_for_backward(grad_output, input, parameters)
-        ctx.save_for_forward(grad_output, input, parameters)
+        *tensors, ctx.layout, ctx.needs, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional) -> tuple:
-        grad_output, input, parameters = ctx.saved_tensors
+    def backward(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, _: _Optional) -> tuple:
+        grad_output, input, parameters, _, fill = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
         if not ctx.needs[0]:
             input_tangent = None
@@ -149,24 +160,23 @@ class _Backward(torch.autograd.Function):
         grad_grad = None
         if wants[0] and not (input_tangent is None and parameters_tangent is None):
             size = grad_output.shape[2:]
-            grad_grad = _change(input, parameters, input_tangent, parameters_tangent, size, ctx.options)
-        gradients = _backward_change(
-            grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, wants[1:], ctx.options
-        )
-        return grad_grad, *gradients, None, None, None
+            grad_grad = _change(input, parameters, fill, input_tangent, parameters_tangent, size, "", ctx.options)
+        tensors = grad_output, input, parameters, fill, input_tangent, parameters_tangent
+        gradients = _backward_change(*tensors, ctx.layout, wants[1:], ctx.options)
+        return grad_grad, *gradients, None, None, None, None, None
 
     @staticmethod
     def jvp(
         ctx: Any, grad_tangent: _Optional, input_tangent: _Optional, parameters_tangent: _Optional, *_: Any
-    ) -> tuple[Tensor, Tensor]:
-        grad_output, input, parameters = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_output, input, parameters, auxiliary, fill = ctx.saved_tensors
         sums: list[_Optional] = [None, None]
         if grad_tangent is not None:
-            results = _apply(_Backward, grad_tangent, input, parameters, ctx.layout, ctx.needs, ctx.options)
-            sums = _wanted(results, ctx.needs)
-        changes = _backward_change(
-            grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, ctx.needs, ctx.options
-        )
+            moved = grad_tangent, input, parameters, auxiliary, fill
+            results = _apply(_Backward, *moved, ctx.layout, ctx.needs, ctx.options)
+            sums = _wanted(results[:2], ctx.needs[:2])
+        tensors = grad_output, input, parameters, fill, input_tangent, parameters_tangent
+        changes = _backward_change(*tensors, ctx.layout, ctx.needs[:2], ctx.options)
         sums = [
             change if s is None else s if change is None else s + change
             for s, change in zip(sums, changes, strict=True)
@@ -175,11 +185,11 @@ class _Backward(torch.autograd.Function):
         for i, (like, shape) in enumerate(zip((grad_output, parameters), shapes, strict=True)):
             if sums[i] is None:
                 sums[i] = like.new_zeros(shape if ctx.needs[i] else (0,))
-        return sums[0], sums[1]  # type: ignore[return-value]
+        return sums[0], sums[1], parameters.new_zeros(0)  # type: ignore[return-value]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1))
+        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 0, 0))
 
 
 class _Change(torch.autograd.Function):
@@ -187,32 +197,33 @@ class _Change(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, parameters: Tensor, input_tangent: _Optional, parameters_tangent: Tensor,
-        size: Sequence[int], options: Options,
+        input: Tensor, parameters: Tensor, fill: _Optional, input_tangent: _Optional, parameters_tangent: Tensor,
+        size: Sequence[int], project: str, options: Options,
     ) -> Tensor:  # fmt: skip
-        return torch.ops.tri_stn.warp_forward(input, parameters, input_tangent, parameters_tangent, size, *options)
+        tensors = input, parameters, None, fill, input_tangent, parameters_tangent
+        return torch.ops.tri_stn.warp_forward(*tensors, size, project, False, *options)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, _, ctx.options = inputs
+        *tensors, _, ctx.project, ctx.options = inputs
         ctx.save_for_backward(*tensors)
         ctx.layout = tensors[0].shape[2:], ops.is_channels_last(tensors[0])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        input, parameters, input_tangent, parameters_tangent = ctx.saved_tensors
-        results: list[_Optional] = [None] * 4
-        for first, function, directions in (
-            (0, _BackwardChange, (input_tangent, parameters_tangent)),
-            (2, _Backward, ()),
-        ):
-            needs = ctx.needs_input_grad[first : first + 2]
-            if any(needs):
-                gradients = _apply(
-                    function, grad_output, input, parameters, *directions, ctx.layout, needs, ctx.options
-                )
-                results[first : first + 2] = _wanted(gradients, needs)
-        return *results, None, None
+        input, parameters, fill, *tangents = ctx.saved_tensors
+        results: list[_Optional] = [None] * 5
+        needs = ctx.needs_input_grad[:2]
+        if any(needs):
+            tensors = grad_output, input, parameters, fill, *tangents
+            gradients = _apply(_BackwardChange, *tensors, ctx.layout, needs, ctx.options)
+            results[:2] = _wanted(gradients, needs)
+        needs = ctx.needs_input_grad[3:5]
+        if any(needs):
+            tensors = grad_output, input, parameters, None, fill
+            gradients = _apply(_Backward, *tensors, ctx.layout, (*needs, False), ctx.options)
+            results[3:] = _wanted(gradients[:2], needs)
+        return *results, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Tensor:
@@ -223,7 +234,7 @@ class _Change(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Change, info, in_dims, *args, per=(1, 1, 1, 1))
+        return _vmap(_Change, info, in_dims, *args, per=(1, 1, 0, 1, 1))
 
 
 class _BackwardChange(torch.autograd.Function):
@@ -231,12 +242,12 @@ class _BackwardChange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output: Tensor, input: _Optional, parameters: Tensor, input_tangent: _Optional, parameters_tangent: Tensor,
+        grad_output: Tensor, input: _Optional, parameters: Tensor, fill: _Optional,
+        input_tangent: _Optional, parameters_tangent: Tensor,
         layout: tuple, needs: tuple[bool, bool], options: Options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return torch.ops.tri_stn.warp_backward(
-            grad_output, input, parameters, input_tangent, parameters_tangent, *layout, *needs, *options
-        )
+        tensors = grad_output, input, parameters, None, fill, input_tangent, parameters_tangent
+        return torch.ops.tri_stn.warp_backward(*tensors, *layout, *needs, False, *options)[:2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -252,7 +263,7 @@ class _BackwardChange(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_BackwardChange, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 1, 1))
+        return _vmap(_BackwardChange, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 0, 1, 1))
 
 
 def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[_Optional]:
@@ -261,30 +272,32 @@ def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[_Option
 
 
 def _change(
-    input: _Optional, parameters: Tensor, input_tangent: _Optional, parameters_tangent: _Optional,
-    size: Sequence[int], options: Options,
+    input: _Optional, parameters: Tensor, fill: _Optional, input_tangent: _Optional, parameters_tangent: _Optional,
+    size: Sequence[int], project: str, options: Options,
 ) -> Tensor:  # fmt: skip
     """F' with either tangent; nearest changes with the input alone."""
     if parameters_tangent is not None and options[1] != "nearest":
-        return _apply(_Change, input, parameters, input_tangent, parameters_tangent, size, options)
+        tensors = input, parameters, fill, input_tangent, parameters_tangent
+        return _apply(_Change, *tensors, size, project, options)
     if input_tangent is not None:
-        return _apply(_Warp, input_tangent, parameters, size, options)
+        return _apply(_Warp, input_tangent, parameters, None, None, size, project, options)
     assert input is not None
     return input.new_zeros((parameters.shape[0] * parameters.shape[1], input.shape[1], *size))
 
 
 def _backward_change(
-    grad_output: Tensor, input: _Optional, parameters: Tensor,
+    grad_output: Tensor, input: _Optional, parameters: Tensor, fill: _Optional,
     input_tangent: _Optional, parameters_tangent: _Optional,
     layout: tuple, needs: Sequence[bool], options: Options,
 ) -> list[_Optional]:  # fmt: skip
     """B' with either tangent, None for what is not asked for or does not change."""
     if parameters_tangent is not None and options[1] != "nearest" and any(needs):
-        tensors = grad_output, input, parameters, input_tangent, parameters_tangent
+        tensors = grad_output, input, parameters, fill, input_tangent, parameters_tangent
         return _wanted(_apply(_BackwardChange, *tensors, layout, needs, options), needs)
     if input_tangent is not None and needs[1]:  # θ's gradient is linear in the image
         needs = (False, True)
-        return _wanted(_apply(_Backward, grad_output, input_tangent, parameters, layout, needs, options), needs)
+        moved = grad_output, input_tangent, parameters, None, None
+        return _wanted(_apply(_Backward, *moved, layout, (*needs, False), options)[:2], needs)
     return [None, None]
 
 

@@ -83,7 +83,9 @@ def warp(
         return torch.complex(*(warp(part, transform, size, **options) for part in (input.real, input.imag)))
 
     parameters, batch = _match_batch(input, transform.parameters, transform.batch)
-    output = autograd.warp(input, parameters, size, transform.kind, mode, padding_mode, align_corners)
+    output = autograd.warp(
+        input, parameters, None, None, size, "", transform.kind, mode, padding_mode, align_corners, 1
+    )
     return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
 
 
@@ -154,7 +156,7 @@ def splat(
         input = input.flatten(0, 1)
     else:
         parameters = parameters.unsqueeze(1)
-    return autograd.splat(input, parameters, size, transform.kind, mode, padding_mode, align_corners)
+    return autograd.splat(input, parameters, None, size, transform.kind, mode, padding_mode, align_corners, 1)
 
 
 def grid_sample(

@@ -310,7 +310,7 @@ INTERPOLATIONS = {
 
 
 def gather(
-    output: Tensor, input: Tensor, parameters: Tensor,
+    output: Tensor, input: Tensor, parameters: Tensor, auxiliary: Tensor | None = None, fill: Tensor | None = None,
     input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
@@ -335,8 +335,10 @@ def gather(
 
 
 def adjoint(
-    grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
-    parameters: Tensor, input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
+    grad_input: Tensor | None, grad_parameters: Tensor | None, grad_auxiliary: Tensor | None,
+    grad_output: Tensor, input: Tensor | None,
+    parameters: Tensor, auxiliary: Tensor | None = None, fill: Tensor | None = None,
+    input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
     *, deterministic: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both.
@@ -505,6 +507,7 @@ class _Sampling:
     mode: str
     padding_mode: str
     align_corners: bool
+    supersample: int = 1
 
     @property
     def transform(self) -> Transform:
