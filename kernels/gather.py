@@ -23,7 +23,7 @@ from .sampling import look
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def gather_kernel(
-    output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr,
+    output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, chain,
     output_size, input_size, channels, maps,
     input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     output_strides, input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
@@ -42,7 +42,7 @@ def gather_kernel(
     p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
     _coefficients, _tangents, _u, x, t = look(
-        parameters_ptr, parameters_tangent_ptr, m, maps, p, mask, output_size, input_size,
+        parameters_ptr, parameters_tangent_ptr, chain, m, maps, p, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
@@ -91,7 +91,7 @@ def gather(
     A tensor whose batch is a divisor of M serves over and over.
     """
     flags = {"TANGENT": parameters_tangent is not None, "INPUT_TANGENT": input_tangent is not None}
-    dense, taps = stages.TRANSFORMS[kind].dense, stages.INTERPOLATIONS[mode].taps
+    dense, taps = stages.transform(kind).dense, stages.INTERPOLATIONS[mode].taps
     parameters, parameters_tangent = launch.packed(dense, parameters, parameters_tangent)
     input_tangent = input if input_tangent is None else input_tangent
     images, motions = (input, input_tangent), (parameters, parameters_tangent)
@@ -99,10 +99,11 @@ def gather(
         input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps, flags["TANGENT"]
     )
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
-        output, *images, *motions,
+        output, *images, *motions, stages.chain(kind, auxiliary, None, input.dim() - 2),
         launch.size(output), launch.size(input), output.shape[1], parameters.shape[1],
         *launch.batches(*images, *motions),
         launch.strides(output), *map(launch.strides, images), *map(launch.parameter_strides, motions),
         **stages.gather(kind, mode, padding_mode), **flags,
-        ALIGN_CORNERS=align_corners, **launch.constants(output, *images, parameters=motions), **tile.constants(),
+        ALIGN_CORNERS=align_corners, **tile.constants(),
+        **launch.constants(output, *images, parameters=launch.present(*motions, auxiliary)),
     )  # fmt: skip

@@ -36,7 +36,7 @@ def packed(dense, parameters, tangent):
     return given[0], given[-1]
 
 
-COUNTS = ["maps", *(f"{name}_batch" for name in _BATCHED)]
+COUNTS = ["maps", "slots", *(f"{name}_batch" for name in _BATCHED)]
 """Arguments that take any value: a compilation for each would serve nobody."""
 
 
@@ -47,6 +47,11 @@ def batches(*tensors):
 def count(parameters):
     """Numbers per map in parameters (M, K, …)."""
     return math.prod(parameters.shape[2:])
+
+
+def present(*tensors):
+    """Those that are not None."""
+    return tuple(t for t in tensors if t is not None)
 
 
 def is_channels_last(image):

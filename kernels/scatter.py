@@ -21,16 +21,16 @@ from . import launch, tuples
 from .coordinates import block_offset, image_start, lanes, load_block, tile_count, tile_index
 from .interpolation import corner, loops, product, product_jvp, product_vjp, product_vjp_jvp, taps_along
 from .padding import pass_padding, strictly_inside
-from .sampling import look
+from .sampling import look, map_chain
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def scatter_kernel(
     grad_input_ptr, scale_ptr, gradients_ptr, grad_output_ptr,
-    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr,
+    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, chain,
     output_size, input_size, channels, maps,
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
-    grad_input_strides, gradients_strides, gradients_stride_slot, grad_output_strides,
+    grad_input_strides, gradients_strides, gradients_stride_slot, slots, grad_output_strides,
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
@@ -53,7 +53,7 @@ def scatter_kernel(
     p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
     coefficients, tangents, u, x, t = look(
-        parameters_ptr, parameters_tangent_ptr, m, maps, p, mask, output_size, input_size,
+        parameters_ptr, parameters_tangent_ptr, chain, m, maps, p, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
@@ -128,7 +128,8 @@ def scatter_kernel(
     if MEASURE:
         tl.atomic_max(scale_ptr + n, tl.max(largest))
     if NEED_PARAMETERS:
-        slot = tile * tl.num_programs(1) + tl.program_id(1)
+        numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
+        slot = (tile * tl.num_programs(1) + tl.program_id(1)) % slots
         grad_x = pass_padding(grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
         gradients = TRANSFORM_VJP(coefficients, u, grad_x)
         if TANGENT and TRANSFORM_VJP_JVP is not None:
@@ -136,5 +137,6 @@ def scatter_kernel(
             gradients = tuples.add(gradients, TRANSFORM_VJP_JVP(coefficients, tangents, u, held_grad_x))
         LOAD_VJP(
             gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
-            gradients, gradients_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+            gradients, gradients_strides[2:],
+            numbers, map_chain(chain, numbers, n, k), p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
         )  # fmt: skip

@@ -15,17 +15,34 @@ from .matrices import (
     to_pixel_matrix,
     translation,
 )
-from .transforms import Affine, Attention, Displacement, Grid, Projective, Similarity
+from .transforms import (
+    Affine,
+    Attention,
+    Compose,
+    Displacement,
+    FreeForm,
+    Grid,
+    LinearBasis,
+    PiecewiseAffine,
+    Projective,
+    Similarity,
+    ThinPlateSpline,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Affine",
     "Attention",
+    "Compose",
     "Displacement",
+    "FreeForm",
     "Grid",
+    "LinearBasis",
+    "PiecewiseAffine",
     "Projective",
     "Similarity",
+    "ThinPlateSpline",
     "affine_grid",
     "boxes",
     "compose",

@@ -13,14 +13,15 @@ one pass of the same kernels, and each one's derivatives are among the four. Thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from . import ops
+from . import ops, points, reference
 
 Options = tuple[str, str, str, bool, int]
 """Kind of transform, mode, padding_mode, align_corners, supersample."""
@@ -52,16 +53,46 @@ def _warp(
     input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
     size: Sequence[int], project: str, *options: Any,
 ) -> Tensor:  # fmt: skip
+    if _is_chain(options) and (ops.is_deterministic() or torch._C._are_functorch_transforms_active()):
+        parameters, auxiliary, options = _as_grid(parameters, auxiliary, size, input.shape[2:], input.dtype, options)
     return _apply(_Warp, input, parameters, auxiliary, fill, size, project, options)
 
 
 def _splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
     layout = size, ops.is_channels_last(input)
+    differentiates = any(t is not None and t.requires_grad for t in (parameters, auxiliary))
+    if _is_chain(options) and (
+        ops.is_deterministic()
+        or torch._C._are_functorch_transforms_active()
+        or (differentiates and not points.is_linear(options[0]))
+    ):
+        parameters, auxiliary, options = _as_grid(parameters, auxiliary, input.shape[2:], size, input.dtype, options)
     return _apply(_Backward, input, None, parameters, auxiliary, None, layout, (True, False, False), options)[0]
 
 
 ops.library.impl("warp", _warp, "Autograd")
 ops.library.impl("splat", _splat, "Autograd")
+
+
+def _is_chain(options: Sequence[Any]) -> bool:
+    return options[0] not in reference.TRANSFORMS
+
+
+def _as_grid(
+    parameters: Tensor, auxiliary: _Optional, size: Sequence[int], input_size: Sequence[int], dtype: torch.dtype,
+    options: Sequence[Any],
+) -> tuple[Tensor, None, tuple]:  # fmt: skip
+    """A chain as a grid that is stored, and differentiated by torch: for `torch.func`, for derivatives that no kernel
+    has, and for sums whose order must not matter.
+    """
+    kind, *rest, align_corners, supersample = options
+    if supersample != 1:
+        raise NotImplementedError(
+            f"Several samples per pixel through {kind!r} have first derivatives in eager code only: not under "
+            "torch.func or deterministic algorithms, and no second ones. Leave antialias and supersample out there."
+        )
+    grid = points.grid(kind, parameters, auxiliary, size, input_size, align_corners, reference.compute_dtype(dtype))
+    return grid, None, ("grid", *rest, align_corners, supersample)
 
 
 def _apply(function: Any, *args: Any) -> Any:
@@ -118,17 +149,62 @@ class _Warp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         needs = ctx.needs_input_grad[:3]
-        gradients = _apply(_Backward, grad_output, *ctx.saved_tensors, ctx.layout, needs, ctx.options)
+        again = _is_chain(ctx.options) and torch.is_grad_enabled() and not points.is_linear(ctx.options[0])
+        backward: Callable[..., Any] = _backward_through_grid if again else functools.partial(_apply, _Backward)
+        gradients = backward(grad_output, *ctx.saved_tensors, ctx.layout, needs, ctx.options)
         return *_wanted(gradients, needs), None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, *_: Any) -> Tensor:
-        input, parameters, _, fill = ctx.saved_tensors
-        return _change(input, parameters, fill, input_tangent, parameters_tangent, ctx.size, ctx.project, ctx.options)
+    def jvp(
+        ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, auxiliary_tangent: _Optional, *_: Any
+    ) -> Tensor:
+        input, parameters, auxiliary, fill = ctx.saved_tensors
+        options = ctx.options
+        if _is_chain(options) and not points.is_linear(options[0]):
+            where = ctx.size, input.shape[2:], input.dtype, options
+            given = (parameters, parameters_tangent), (auxiliary, auxiliary_tangent)
+            moved = [(t, torch.zeros_like(t) if dt is None else dt) for t, dt in given if t is not None]
+            parameters, parameters_tangent = _torch_jvp(
+                lambda numbers, field=None: _as_grid(numbers, field, *where)[0],
+                [t for t, _ in moved],
+                [dt for _, dt in moved],
+            )
+            auxiliary, options = None, ("grid", *options[1:])
+        tensors = input, parameters, auxiliary, fill, input_tangent, parameters_tangent
+        return _change(*tensors, ctx.size, ctx.project, options)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
         return _vmap(_Warp, info, in_dims, *args, per=(1, 1, 0, 0))
+
+
+def _torch_jvp(
+    function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A function's value and its change along tangents, by two reverse passes: forward mode does not nest."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in primals]
+        value = function(*leaves)
+        along = torch.zeros_like(value, requires_grad=True)
+        backward = torch.autograd.grad(value, leaves, along, create_graph=True, materialize_grads=True)
+        (change,) = torch.autograd.grad(backward, along, tangents)
+    return value.detach(), change
+
+
+def _backward_through_grid(
+    grad_output: Tensor, input: _Optional, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    layout: tuple, needs: Sequence[bool], options: Options,
+) -> list[_Optional]:  # fmt: skip
+    """A chain's backward pass as one that can be differentiated again."""
+    grid, _, grid_options = _as_grid(
+        parameters, auxiliary, grad_output.shape[2:], layout[0], grad_output.dtype, options
+    )
+    tensors = grad_output, input, grid, None, fill
+    asked = needs[0], any(needs[1:]), False
+    grad_input, grad_grid, _ = _apply(_Backward, *tensors, layout, asked, grid_options)
+    sources = [t for t, need in zip((parameters, auxiliary), needs[1:], strict=True) if need and t is not None]
+    found = iter(torch.autograd.grad(grid, sources, grad_grid, create_graph=True, allow_unused=True) if sources else ())
+    return [grad_input, *(next(found) if need else None for need in needs[1:])]
 
 
 class _Backward(torch.autograd.Function):
@@ -151,7 +227,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, _: _Optional) -> tuple:
-        grad_output, input, parameters, _, fill = ctx.saved_tensors
+        grad_output, input, parameters, auxiliary, fill = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
         if not ctx.needs[0]:
             input_tangent = None
@@ -160,7 +236,8 @@ class _Backward(torch.autograd.Function):
         grad_grad = None
         if wants[0] and not (input_tangent is None and parameters_tangent is None):
             size = grad_output.shape[2:]
-            grad_grad = _change(input, parameters, fill, input_tangent, parameters_tangent, size, "", ctx.options)
+            tensors = input, parameters, auxiliary, fill, input_tangent, parameters_tangent
+            grad_grad = _change(*tensors, size, "", ctx.options)
         tensors = grad_output, input, parameters, fill, input_tangent, parameters_tangent
         gradients = _backward_change(*tensors, ctx.layout, wants[1:], ctx.options)
         return grad_grad, *gradients, None, None, None, None, None
@@ -272,7 +349,8 @@ def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[_Option
 
 
 def _change(
-    input: _Optional, parameters: Tensor, fill: _Optional, input_tangent: _Optional, parameters_tangent: _Optional,
+    input: _Optional, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    input_tangent: _Optional, parameters_tangent: _Optional,
     size: Sequence[int], project: str, options: Options,
 ) -> Tensor:  # fmt: skip
     """F' with either tangent; nearest changes with the input alone."""
@@ -280,7 +358,7 @@ def _change(
         tensors = input, parameters, fill, input_tangent, parameters_tangent
         return _apply(_Change, *tensors, size, project, options)
     if input_tangent is not None:
-        return _apply(_Warp, input_tangent, parameters, None, None, size, project, options)
+        return _apply(_Warp, input_tangent, parameters, auxiliary, None, size, project, options)
     assert input is not None
     return input.new_zeros((parameters.shape[0] * parameters.shape[1], input.shape[1], *size))
 

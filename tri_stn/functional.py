@@ -83,8 +83,9 @@ def warp(
         return torch.complex(*(warp(part, transform, size, **options) for part in (input.real, input.imag)))
 
     parameters, batch = _match_batch(input, transform.parameters, transform.batch)
+    auxiliary = _match_auxiliary(input, transform)
     output = autograd.warp(
-        input, parameters, None, None, size, "", transform.kind, mode, padding_mode, align_corners, 1
+        input, parameters, auxiliary, None, size, "", transform.kind, mode, padding_mode, align_corners, 1
     )
     return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
 
@@ -156,7 +157,10 @@ def splat(
         input = input.flatten(0, 1)
     else:
         parameters = parameters.unsqueeze(1)
-    return autograd.splat(input, parameters, None, size, transform.kind, mode, padding_mode, align_corners, 1)
+    auxiliary = transform.auxiliary
+    if auxiliary is not None and not maps:
+        auxiliary = auxiliary.unsqueeze(1)
+    return autograd.splat(input, parameters, auxiliary, size, transform.kind, mode, padding_mode, align_corners, 1)
 
 
 def grid_sample(
@@ -208,6 +212,18 @@ def _match_batch(input: Tensor, parameters: Tensor, batch: Sequence[int]) -> tup
     elif maps != images:
         parameters = parameters.expand(images, *parameters.shape[1:])
     return parameters, (images, *batch[1:])
+
+
+def _match_auxiliary(input: Tensor, transform: Transform) -> Tensor | None:
+    """The field of a chain as (M or 1, K or 1, *size, …), where one serves all."""
+    field, maps = transform.auxiliary, transform.batch
+    if field is None:
+        return None
+    if len(maps) == 1:
+        field = field.unsqueeze(1)
+    if input.shape[0] == 1 != maps[0] and tuple(field.shape[:2]) != (1, 1):
+        field = field.expand(maps[0], *maps[1:] or (1,), *field.shape[2:]).flatten(0, 1).unsqueeze(0)
+    return field
 
 
 def _common_batch(images: int, maps: int) -> int:

@@ -1,0 +1,129 @@
+"""A chain of links as a transform: the stages `load` and `load_vjp` of every map that is not in pixels.
+
+An output pixel is turned into a normalised point, passed from link to link, and turned into a source
+pixel: that is the coefficient of its lane, as for a dense map. On the way back the points are computed
+again, and each link adds the gradient of its own numbers to the program's slot.
+
+A chain, for one map, is a tuple: (links, sizes, field, its gradient, its strides, those of its gradient, its size, the
+map's numbers). A link is (f, f_vjp, numbers per map; 0 for one that reads a table); its sizes begin with where its numbers do.
+"""
+
+import triton
+import triton.language as tl
+
+from .coordinates import centred, middle, pixels_per_unit
+
+
+@triton.jit
+def chain_load(
+    parameters_ptr, strides, chain, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
+):  # fmt: skip
+    """Each lane's source pixel; with TANGENT, of one link that is linear in its numbers, their part of it."""
+    v = _normalized(p, output_size, ALIGN_CORNERS, COMPUTE)
+    for i in tl.static_range(len(chain[0])):
+        v = _follow(chain, i, parameters_ptr, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
+    x = ()
+    for a in tl.static_range(len(p)):
+        pixels = v[a] * pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE)
+        x = x + (pixels if TANGENT else pixels + middle(input_size[a], COMPUTE),)
+    return x
+
+
+@triton.jit
+def chain_load_vjp(
+    gradients_ptr, gradients, strides, parameters_ptr, chain, p, mask, input_size, output_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """One program's share, added to its slot; a field's gradient, to where it belongs."""
+    v = _normalized(p, output_size, ALIGN_CORNERS, COMPUTE)
+    points = (v,)
+    for i in tl.static_range(len(chain[0]) - 1):
+        v = _follow(chain, i, parameters_ptr, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, False)
+        points = points + (v,)
+    g = ()
+    for a in tl.static_range(len(p)):
+        g = g + (tl.where(mask, gradients[a] * pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE), 0.0),)
+    for j in tl.static_range(len(points)):
+        i: tl.constexpr = len(points) - 1 - j
+        g = _back(
+            chain, i, parameters_ptr, gradients_ptr, points[i], g, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX
+        )
+
+
+@triton.jit
+def _normalized(p, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+    u = centred(p, output_size, COMPUTE)
+    v = ()
+    for a in tl.static_range(len(p)):
+        per_unit = pixels_per_unit(output_size[a], ALIGN_CORNERS, COMPUTE)
+        v = v + (u[a] / tl.where(per_unit > 0, per_unit, 1.0),)
+    return v
+
+
+@triton.jit
+def _table(chain, i: tl.constexpr, parameters_ptr, gradients_ptr):
+    sizes = chain[1][i]
+    numbers = parameters_ptr + sizes[0]
+    field, grad_field, strides, grad_strides, size = chain[2:7]
+    held = chain[7] + sizes[0]
+    return numbers, gradients_ptr + sizes[0], sizes[1:], field, grad_field, strides, grad_strides, size, held
+
+
+@triton.jit
+def _numbers(ptr, COUNT: tl.constexpr, COMPUTE: tl.constexpr):
+    theta = ()
+    for i in tl.static_range(COUNT):
+        theta = theta + (tl.load(ptr + i).to(COMPUTE),)
+    return theta
+
+
+@triton.jit
+def _follow(
+    chain, i: tl.constexpr, parameters_ptr, v, p, mask, input_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
+):  # fmt: skip
+    """The i-th link, taken."""
+    link = chain[0][i]
+    table = _table(chain, i, parameters_ptr, parameters_ptr)
+    if link[2] > 0:
+        return link[0](_numbers(table[0], link[2], COMPUTE), v)
+    else:
+        return link[0](table, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
+
+
+@triton.jit
+def _back(
+    chain, i: tl.constexpr, parameters_ptr, gradients_ptr, v, g, p, mask, input_size,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """The way back over the i-th link; nobody asks for the gradient of where the first one starts."""
+    link = chain[0][i]
+    table = _table(chain, i, parameters_ptr, gradients_ptr)
+    if link[2] > 0:
+        gradients, back = link[1](_numbers(table[0], link[2], COMPUTE), v, g)
+        for k in tl.static_range(link[2]):
+            tl.atomic_add(table[1] + k, tl.sum(tl.where(mask, gradients[k], 0.0)), sem="relaxed")
+        return back
+    else:
+        return link[1](table, v, g, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, i > 0)
+
+
+@triton.jit
+def try_link(out_ptr, theta_ptr, points_ptr, gradient_ptr, COUNT: tl.constexpr, DIMS: tl.constexpr,
+             MAP: tl.constexpr, MAP_VJP: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """A registered link by itself: out (2 d + COUNT, LANES), the points that it gives and both gradients."""
+    lane = tl.arange(0, LANES)
+    theta = _numbers(theta_ptr, COUNT, tl.float32)
+    v = ()
+    g = ()
+    for a in tl.static_range(DIMS):
+        v = v + (tl.load(points_ptr + a * LANES + lane),)
+        g = g + (tl.load(gradient_ptr + a * LANES + lane),)
+    result = MAP(theta, v)
+    gradients, back = MAP_VJP(theta, v, g)
+    for a in tl.static_range(DIMS):
+        tl.store(out_ptr + a * LANES + lane, result[a])
+        tl.store(out_ptr + (DIMS + a) * LANES + lane, back[a])
+    for k in tl.static_range(COUNT):
+        tl.store(out_ptr + (2 * DIMS + k) * LANES + lane, gradients[k])
