@@ -101,6 +101,16 @@ def cases(
     return result
 
 
+CHAINS = (
+    "thin_plate[20]",
+    "free_form[8,6]",
+    "piecewise_affine[12]",
+    "linear_basis[8]",
+    "affine+displacement",
+    "projective+free_form[8,6]+thin_plate[9]+pixel_displacement",
+)
+
+
 def all_cases() -> list[tuple[Case, str]]:
     """What the tests compile: every combination of stages for every architecture, and on one
     architecture the dtypes, layouts, dimensions and shapes that specialise it further.
@@ -126,6 +136,10 @@ def all_cases() -> list[tuple[Case, str]]:
     )
     once += cases("affine", linear, folding, tangent=True, **wide)
     once += cases("affine", linear, folding, tangent=True, size=(6, 8, 16))
+    for kind in CHAINS:
+        once += cases(kind, linear, ("zeros",))
+    once += cases("free_form[8,8,8]", linear, folding, size=(6, 8, 16)) + cases(CHAINS[0], linear, folding, **wide)
+    once += cases(CHAINS[0], linear, folding, tangent=True)
     smooth = ("bilinear", "bicubic")
     fixed = [
         *cases("affine", smooth, folding),
@@ -159,11 +173,8 @@ def compile_case(case: Case, arch: str):
     """The compiled kernel that a launcher would start for this case."""
     from tri_stn import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
 
-    dims = len(case.size)
     image, output = _image(case, case.size), _image(case, tuple(max(1, n // 2) for n in case.size))
-    matrix = {"affine": (dims, dims + 1), "projective": (dims + 1, dims + 1)}
-    batch = (2, 1, *matrix.get(case.kind, (*output.shape[2:], dims)))
-    parameters = torch.empty(batch, device="meta")
+    parameters, auxiliary = _map(case, output.shape[2:])
     tangents = (image, parameters) if case.tangent else (None, None)
     options: dict[str, Any] = {
         "kind": case.kind,
@@ -173,17 +184,44 @@ def compile_case(case: Case, arch: str):
     }
     with _compiling_for(arch) as launches:
         if case.kernel == "gather":
-            kernels.gather(output, image, parameters, None, None, *tangents, **options)
+            kernels.gather(output, image, parameters, auxiliary, None, *tangents, **options)
         else:
             grad_image = None if case.kernel == "reduce" else torch.empty_like(image)
             grad_parameters = torch.empty_like(parameters) if case.need_parameters else None
+            grad_auxiliary = auxiliary if case.need_parameters else None
             options["deterministic"] = case.deterministic
             kernels.adjoint(
-                grad_image, grad_parameters, None, output, image, parameters, None, None, *tangents, **options
+                grad_image,
+                grad_parameters,
+                grad_auxiliary,
+                output,
+                image,
+                parameters,
+                auxiliary,
+                None,
+                *tangents,
+                **options,
             )
     name = {"reduce": "scatter"}.get(case.kernel, case.kernel) + "_kernel"
     (compiled,) = launches[name]
     return compiled
+
+
+def _map(case: Case, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The parameters of a pair of maps, and the field of a chain that has one."""
+    from tri_stn import points, reference
+
+    dims, field = len(size), None
+    if case.kind not in reference.TRANSFORMS:
+        links = points.parse(case.kind)
+        shape: tuple[int, ...] = (sum(points.LINKS[name].count(dims, *sizes) for name, sizes in links),)
+        for name, sizes in links:
+            if points.LINKS[name].reads_field:
+                field = torch.empty((2, 1, *size, *(sizes or (dims,))), device="meta")
+    else:
+        matrix = {"affine": (dims, dims + 1), "projective": (dims + 1, dims + 1)}
+        shape = matrix.get(case.kind, (*size, dims))
+    return torch.empty((2, 1, *shape), device="meta"), field
 
 
 def _image(case: Case, size: tuple[int, ...]) -> torch.Tensor:

@@ -104,7 +104,7 @@ def adjoint(
 
         def scatter(scale, **flags):
             scatter_kernel[scatter_grid](
-                scattered, scale, gradients, grad_output, *images, *motions, chain,
+                scattered, scale, gradients, grad_output, *images, *motions, *chain,
                 *sizes, launch.strides(image), gradients_strides, slot, max(1, scatter_slots), *strides,
                 **stages.scatter(kind, mode, padding_mode), **constants, **flags,
                 FOLDED_ONLY=walks, NEED_INPUT=need_input, **scatter_tile.constants(far),

@@ -4,8 +4,9 @@ An output pixel is turned into a normalised point, passed from link to link, and
 pixel: that is the coefficient of its lane, as for a dense map. On the way back the points are computed
 again, and each link adds the gradient of its own numbers to the program's slot.
 
-A chain, for one map, is a tuple: (links, sizes, field, its gradient, its strides, those of its gradient, its size, the
-map's numbers). A link is (f, f_vjp, numbers per map; 0 for one that reads a table); its sizes begin with where its numbers do.
+A link is (f, f_vjp, numbers per map, or 0 for one that reads a table). A chain, for one map, is what its links read:
+(sizes of each link, field, its gradient, its strides, those of its gradient, its size, the map's numbers), where
+a link's sizes begin with the place of its numbers. Two tuples, since Triton assigns no tuple that holds functions.
 """
 
 import triton
@@ -16,13 +17,13 @@ from .coordinates import centred, middle, pixels_per_unit
 
 @triton.jit
 def chain_load(
-    parameters_ptr, strides, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """Each lane's source pixel; with TANGENT, of one link that is linear in its numbers, their part of it."""
     v = _normalized(p, output_size, ALIGN_CORNERS, COMPUTE)
-    for i in tl.static_range(len(chain[0])):
-        v = _follow(chain, i, parameters_ptr, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
+    for i in tl.static_range(len(links)):
+        v = _follow(links, chain, i, parameters_ptr, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
     x = ()
     for a in tl.static_range(len(p)):
         pixels = v[a] * pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE)
@@ -32,23 +33,23 @@ def chain_load(
 
 @triton.jit
 def chain_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share, added to its slot; a field's gradient, to where it belongs."""
     v = _normalized(p, output_size, ALIGN_CORNERS, COMPUTE)
     points = (v,)
-    for i in tl.static_range(len(chain[0]) - 1):
-        v = _follow(chain, i, parameters_ptr, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, False)
+    for i in tl.static_range(len(links) - 1):
+        v = _follow(links, chain, i, parameters_ptr, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, False)
         points = points + (v,)
     g = ()
     for a in tl.static_range(len(p)):
         g = g + (tl.where(mask, gradients[a] * pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE), 0.0),)
     for j in tl.static_range(len(points)):
-        i: tl.constexpr = len(points) - 1 - j
         g = _back(
-            chain, i, parameters_ptr, gradients_ptr, points[i], g, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX
-        )
+            links, chain, len(points) - 1 - j, parameters_ptr, gradients_ptr, points[len(points) - 1 - j],
+            g, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -63,10 +64,10 @@ def _normalized(p, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constex
 
 @triton.jit
 def _table(chain, i: tl.constexpr, parameters_ptr, gradients_ptr):
-    sizes = chain[1][i]
+    sizes = chain[0][i]
     numbers = parameters_ptr + sizes[0]
-    field, grad_field, strides, grad_strides, size = chain[2:7]
-    held = chain[7] + sizes[0]
+    field, grad_field, strides, grad_strides, size = chain[1:6]
+    held = chain[6] + sizes[0]
     return numbers, gradients_ptr + sizes[0], sizes[1:], field, grad_field, strides, grad_strides, size, held
 
 
@@ -80,33 +81,31 @@ def _numbers(ptr, COUNT: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _follow(
-    chain, i: tl.constexpr, parameters_ptr, v, p, mask, input_size,
+    links, chain, i: tl.constexpr, parameters_ptr, v, p, mask, input_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The i-th link, taken."""
-    link = chain[0][i]
     table = _table(chain, i, parameters_ptr, parameters_ptr)
-    if link[2] > 0:
-        return link[0](_numbers(table[0], link[2], COMPUTE), v)
+    if links[i][2] > 0:
+        return links[i][0](_numbers(table[0], links[i][2], COMPUTE), v)
     else:
-        return link[0](table, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
+        return links[i][0](table, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
 
 
 @triton.jit
 def _back(
-    chain, i: tl.constexpr, parameters_ptr, gradients_ptr, v, g, p, mask, input_size,
+    links, chain, i: tl.constexpr, parameters_ptr, gradients_ptr, v, g, p, mask, input_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The way back over the i-th link; nobody asks for the gradient of where the first one starts."""
-    link = chain[0][i]
     table = _table(chain, i, parameters_ptr, gradients_ptr)
-    if link[2] > 0:
-        gradients, back = link[1](_numbers(table[0], link[2], COMPUTE), v, g)
-        for k in tl.static_range(link[2]):
+    if links[i][2] > 0:
+        gradients, back = links[i][1](_numbers(table[0], links[i][2], COMPUTE), v, g)
+        for k in tl.static_range(links[i][2]):
             tl.atomic_add(table[1] + k, tl.sum(tl.where(mask, gradients[k], 0.0)), sem="relaxed")
         return back
     else:
-        return link[1](table, v, g, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, i > 0)
+        return links[i][1](table, v, g, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, i > 0)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from .sampling import look
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def gather_kernel(
-    output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, chain,
+    output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, links, chain,
     output_size, input_size, channels, maps,
     input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     output_strides, input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
@@ -42,7 +42,7 @@ def gather_kernel(
     p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
     _coefficients, _tangents, _u, x, t = look(
-        parameters_ptr, parameters_tangent_ptr, chain, m, maps, p, mask, output_size, input_size,
+        parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def gather(
         input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps, flags["TANGENT"]
     )
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
-        output, *images, *motions, stages.chain(kind, auxiliary, None, input.dim() - 2),
+        output, *images, *motions, *stages.chain(kind, auxiliary, None, input.dim() - 2),
         launch.size(output), launch.size(input), output.shape[1], parameters.shape[1],
         *launch.batches(*images, *motions),
         launch.strides(output), *map(launch.strides, images), *map(launch.parameter_strides, motions),

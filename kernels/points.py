@@ -11,7 +11,8 @@ This is what a user registers. With a table of any length, or a field, it reads 
     f_vjp(table, v, g, …)    adds the gradients of the table, summed over lanes, and returns that of v
 
 A table is (numbers, their gradient, sizes, field, the field's gradient, its strides, those of its gradient, its
-size, held numbers): held are the map's own also where the numbers are their tangent. Pointers lead to this map's own, x first. Points are tuples of lanes, normalised to [-1, 1] on the image.
+size, held numbers): pointers to this map's own, x first; held are the map's numbers also where `numbers` are a
+tangent of them. Points are tuples of lanes, normalised to [-1, 1] on the image.
 Far away is _FAR: out of bounds for whatever comes next.
 """
 
@@ -38,7 +39,7 @@ def affine_vjp(theta, v, g):
 @triton.jit
 def projective(theta, v):
     """A homogeneous matrix, (d+1, d+1); at or behind infinity, far away."""
-    _, y, ahead = _divide(theta, v)
+    _inverse, y, ahead = _divide(theta, v)
     result = ()
     for a in tl.static_range(len(v)):
         result = result + (tl.where(ahead, y[a], _FAR),)
@@ -91,7 +92,7 @@ def thin_plate(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPU
     x = tl.load(plane).to(COMPUTE) + tl.load(plane + 2).to(COMPUTE) * v[0] + tl.load(plane + 4).to(COMPUTE) * v[1]
     y = tl.load(plane + 1).to(COMPUTE) + tl.load(plane + 3).to(COMPUTE) * v[0] + tl.load(plane + 5).to(COMPUTE) * v[1]
     for k in range(knots):
-        u, _, _, _ = _bend(table[8] + 2 * k, v, COMPUTE)
+        u, _slope, _dx, _dy = _bend(table[8] + 2 * k, v, COMPUTE)
         x += tl.load(weights + 2 * k).to(COMPUTE) * u
         y += tl.load(weights + 2 * k + 1).to(COMPUTE) * u
     return (x, y)
@@ -139,12 +140,12 @@ def free_form(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUT
               INDEX: tl.constexpr, TANGENT: tl.constexpr):  # fmt: skip
     """A lattice, (*lattice_size, d), of displacements: uniform cubic B-splines."""
     dims: tl.constexpr = len(v)
-    s, i, _ = _cells(table, v)
+    s, i, _inner = _cells(table, v)
     moved = ()
     for a in tl.static_range(dims):
         moved = moved + (tl.zeros_like(v[a]),)
     for tap in range(4**dims):
-        at, weight, _ = _tap(table, s, i, tap, False)
+        at, weight, _slopes = _tap(table, s, i, tap, False)
         new = ()
         for a in tl.static_range(dims):
             new = new + (moved[a] + weight * tl.load(table[0] + at * dims + a, mask=mask, other=0.0).to(COMPUTE),)
@@ -190,7 +191,7 @@ def free_form_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS: tl.constexpr,
     grad_v = g
     if NEED_POINT:
         for tap in range(4**dims):
-            at, _, slopes = _tap(table, s, i, tap, True)
+            at, _weight, slopes = _tap(table, s, i, tap, True)
             along = tl.zeros_like(g[0])
             for a in tl.static_range(dims):
                 along += g[a] * tl.load(table[0] + at * dims + a, mask=mask, other=0.0).to(COMPUTE)
@@ -365,9 +366,9 @@ def field(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: t
     result = ()
     for a in tl.static_range(dims):
         result = result + (tl.zeros_like(v[a]),)
-    first, fraction, _ = _field_cells(table, v, ALIGN_CORNERS, COMPUTE)
+    first, fraction, _inner = _field_cells(table, v, ALIGN_CORNERS, COMPUTE)
     for corner in tl.static_range(2**dims):
-        index, weight, _ = _field_corner(table, first, fraction, corner)
+        index, weight, _slopes = _field_corner(table, first, fraction, corner)
         at = table[3] + offset(index, table[5], INDEX)
         new = ()
         for a in tl.static_range(dims):

@@ -9,7 +9,7 @@ from .padding import pass_padding
 
 @triton.jit
 def look(
-    parameters_ptr, parameters_tangent_ptr, chain, m, maps, p, mask, output_size, input_size,
+    parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, mask, output_size, input_size,
     parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, PADDING_VJP: tl.constexpr,
     TAPS: tl.constexpr, TANGENT: tl.constexpr,
@@ -24,7 +24,8 @@ def look(
     numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
     chain = map_chain(chain, numbers, n, k)
     coefficients = LOAD(
-        numbers, parameters_strides[2:], chain, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
+        numbers, parameters_strides[2:], links, chain,
+        p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
     )  # fmt: skip
     x = TRANSFORM(coefficients, u, input_size)
     tangents = ()
@@ -32,7 +33,7 @@ def look(
     if TANGENT:
         start = image_start(parameters_tangent_ptr, n, parameters_tangent_batch, parameters_tangent_strides)
         tangents = LOAD(
-            start + k * parameters_tangent_strides[1], parameters_tangent_strides[2:], chain,
+            start + k * parameters_tangent_strides[1], parameters_tangent_strides[2:], links, chain,
             p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
         )  # fmt: skip
         t = pass_padding(TRANSFORM_JVP(coefficients, tangents, u), x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
@@ -45,11 +46,11 @@ def map_chain(chain, numbers, n, k):
     if chain is None:
         return None
     else:
-        links, sizes, field, grad_field, strides, grad_strides, size, batch = chain
+        sizes, field, grad_field, strides, grad_strides, size, batch = chain
         if field is not None:
             field = image_start(field, n, batch, strides) + k * strides[1]
             strides = strides[2:]
         if grad_field is not None:
             grad_field = image_start(grad_field, n, batch, grad_strides) + k * grad_strides[1]
             grad_strides = grad_strides[2:]
-        return links, sizes, field, grad_field, strides, grad_strides, size, numbers
+        return sizes, field, grad_field, strides, grad_strides, size, numbers

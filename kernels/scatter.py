@@ -27,7 +27,7 @@ from .sampling import look, map_chain
 @triton.jit(do_not_specialize=launch.COUNTS)
 def scatter_kernel(
     grad_input_ptr, scale_ptr, gradients_ptr, grad_output_ptr,
-    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, chain,
+    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, links, chain,
     output_size, input_size, channels, maps,
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     grad_input_strides, gradients_strides, gradients_stride_slot, slots, grad_output_strides,
@@ -53,7 +53,7 @@ def scatter_kernel(
     p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
     coefficients, tangents, u, x, t = look(
-        parameters_ptr, parameters_tangent_ptr, chain, m, maps, p, mask, output_size, input_size,
+        parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
@@ -138,5 +138,6 @@ def scatter_kernel(
         LOAD_VJP(
             gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
             gradients, gradients_strides[2:],
-            numbers, map_chain(chain, numbers, n, k), p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+            numbers, links, map_chain(chain, numbers, n, k),
+            p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
         )  # fmt: skip

@@ -27,7 +27,7 @@ from .matrix import rows, rows_vjp
 
 @triton.jit
 def affine_load(
-    parameters_ptr, strides, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """theta, (d, d+1) → the same matrix from centred output indices to centred source pixels."""
@@ -36,7 +36,7 @@ def affine_load(
 
 @triton.jit
 def affine_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share: the sum over its lanes."""
@@ -179,7 +179,7 @@ def _clamp_interval(first, last, size):
 
 @triton.jit
 def projective_load(
-    parameters_ptr, strides, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """A homogeneous matrix, (d+1, d+1) → the same from centred output indices to centred source pixels."""
@@ -188,7 +188,7 @@ def projective_load(
 
 @triton.jit
 def projective_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share: the sum over its lanes."""
@@ -297,7 +297,7 @@ def _matrix_scale(
 
 @triton.jit
 def grid_load(
-    parameters_ptr, strides, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """An explicit grid, (*size, d), normalised → each lane's source pixel, in ATen's expression: a grid
@@ -318,7 +318,7 @@ def grid_load(
 
 @triton.jit
 def grid_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     scaled = ()
@@ -342,20 +342,22 @@ def grid_load_vjp(
 
 @triton.jit
 def displacement_load(
-    parameters_ptr, strides, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The identity and a field, (*size, d), normalised → each lane's source pixel.
 
     The identity is added here, in fp32: a 16-bit field loses nothing of it.
     """
-    x = grid_load(parameters_ptr, strides, chain, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True)
+    x = grid_load(
+        parameters_ptr, strides, links, chain, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True
+    )
     return x if TANGENT else _add_identity(x, p, input_size, output_size, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
 def pixel_displacement_load(
-    parameters_ptr, strides, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The identity and a field, (*size, d), in pixels of the input → each lane's source pixel."""
@@ -367,7 +369,7 @@ def pixel_displacement_load(
 
 @triton.jit
 def pixel_displacement_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     for axis in tl.static_range(len(p)):

@@ -75,13 +75,13 @@ def walk_kernel(
     for k in range(maps):
         coefficients = LOAD(
             parameters_ptr + k * parameters_strides[1],
-            None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
+            None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
         )  # fmt: skip
         tangents = ()
         if TANGENT:
             tangents = LOAD(
                 parameters_tangent_ptr + k * parameters_tangent_strides[1],
-                None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
+                None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
             )  # fmt: skip
         gradients = tuples.zeros(len(coefficients), (LANES,), COMPUTE)
         grad_output_map = image_start(grad_output_ptr, n * maps + k, grad_output_batch, grad_output_strides)
@@ -157,7 +157,7 @@ def walk_kernel(
             slot = tile * tl.num_programs(1) + tl.program_id(1)
             LOAD_VJP(
                 gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
-                gradients, None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+                gradients, None, None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
             )  # fmt: skip
 
     for block in tl.static_range(UNROLL):
