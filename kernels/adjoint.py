@@ -47,6 +47,7 @@ def adjoint(
         "TANGENT": tangent,
         "INPUT_TANGENT": need_parameters and input_tangent is not None,
         "ALIGN_CORNERS": align_corners,
+        "SUPERSAMPLE": supersample,
     }
     image = grad_input if need_input else input
     source = image if input is None else input
@@ -119,6 +120,8 @@ def adjoint(
             else:
                 largest = fixed_point.largest(grad_output, batch, maps, compute)
             terms = maps * math.prod(grad_output.shape[2:]) * stages.INTERPOLATIONS[mode].taps ** dims
+            if tangent:  # the largest is one sample's
+                terms *= (supersample or 16) ** dims
             scale = fixed_point.scale(largest, terms)
         scatter(scale, **flags, FIXED=scale is not None, MEASURE=False)
         if scale is not None:

@@ -62,6 +62,28 @@ def centred(index, size, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def finer(size, per_axis):
+    """The size of an output of per_axis pixels, along each axis, for one."""
+    result = ()
+    for axis in tl.static_range(len(size)):
+        result = result + (size[axis] * per_axis,)
+    return result
+
+
+@triton.jit
+def from_finer(v, per_axis):
+    """Centred indices of a finer output → the same places among the pixels.
+
+    A factor, rounded once, and not a quotient, so that every kernel finds the same place.
+    """
+    step = 1.0 / tl.cast(per_axis, v[0].dtype)
+    result = ()
+    for axis in tl.static_range(len(v)):
+        result = result + (v[axis] * step,)
+    return result
+
+
+@triton.jit
 def offset(index, strides, INDEX: tl.constexpr):
     """Element offset of a pixel within one image."""
     result = index[0].to(INDEX) * strides[0]

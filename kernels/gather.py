@@ -8,6 +8,10 @@ p: output pixel; q: input pixel, one of the TAPS ** dims that x touches.
 With TANGENT, instead, what the output changes by where the parameters move by parameters_tangent
 and, with INPUT_TANGENT, the input by input_tangent.
 
+With SUPERSAMPLE other than 1, an output pixel is the average of that many samples along each axis (0: as
+many as the map shrinks). With PROJECT, it is the sum or the average of the samples of a volume along its
+depth, or the index of the largest, and a program loops over the depth.
+
 One program owns a tile of output pixels of one map and walks over channels: coordinates, weights
 and offsets are computed once. No coordinate is ever stored.
 """
@@ -16,9 +20,10 @@ import triton
 import triton.language as tl
 
 from . import launch, stages, tiling
-from .coordinates import block_offset, image_start, lanes, load_block, tile_count, tile_index
+from . import tuples
+from .coordinates import block_offset, centred, image_start, lanes, load_block, tile_count, tile_index
 from .interpolation import corner, loops, product, product_jvp, taps_along
-from .sampling import look
+from .sampling import look, power, sample_place, samples_per_axis, uncentred
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -27,22 +32,127 @@ def gather_kernel(
     output_size, input_size, channels, maps,
     input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     output_strides, input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
-    LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr,
+    LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, SHRINK: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
-    TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr,
+    TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr, SUPERSAMPLE: tl.constexpr, PROJECT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    AXES: tl.constexpr = len(BLOCK) - loops(len(BLOCK), TAPS)  # whose taps are all at hand
+    DIMS: tl.constexpr = len(input_size)
+    AXES: tl.constexpr = DIMS - loops(DIMS, TAPS)  # whose taps are all at hand
     ORDER: tl.constexpr = 1 if TANGENT else 0
+    PROJECTS: tl.constexpr = PROJECT != ""
+    VARIES: tl.constexpr = SUPERSAMPLE == 0 and SHRINK is None  # from pixel to pixel
+    SINGLE: tl.constexpr = SUPERSAMPLE == 1 and not PROJECTS  # one sample makes a pixel
     tiles = tile_count(output_size, BLOCK)
     m = (tl.program_id(0) // tiles).to(tl.int64)
     n = m // maps
     p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
-    _coefficients, _tangents, _u, x, t = look(
-        parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, mask, output_size, input_size,
+    if SINGLE:
+        x, t, taps = _aim(
+            parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, centred(p, output_size, COMPUTE), mask,
+            output_size, input_size,
+            parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+            LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS,
+            TANGENT, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
+        )  # fmt: skip
+
+    input_ptr = image_start(input_ptr, n, input_batch, input_strides)
+    input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
+    output_ptr += m * output_strides[0]
+    start = tl.program_id(1) * CHANNELS_PER_PROGRAM
+    for first in range(start, tl.minimum(start + CHANNELS_PER_PROGRAM, channels), UNROLL * BLOCK_C):
+        outputs = tuples.zeros(UNROLL, (lanes(BLOCK), BLOCK_C), COMPUTE)
+        largest = outputs
+        indices = outputs
+        for z in range(output_size[DIMS - 1] if PROJECTS else 1):
+            place = p
+            if PROJECTS:
+                place = p + (p[0] * 0 + z,)
+            if PROJECT == "argmax":
+                outputs = tuples.zeros(UNROLL, (lanes(BLOCK), BLOCK_C), COMPUTE)
+            per_axis = SUPERSAMPLE
+            if SUPERSAMPLE == 0:
+                per_axis = samples_per_axis(
+                    parameters_ptr, links, chain, m, maps, place, mask, output_size, input_size,
+                    parameters_batch, parameters_strides, LOAD, TRANSFORM, SHRINK, ALIGN_CORNERS, COMPUTE, INDEX,
+                )  # fmt: skip
+            count = power(per_axis, DIMS) if SUPERSAMPLE == 0 else SUPERSAMPLE**DIMS
+            share = 1.0 / tl.cast(count, COMPUTE)
+            for sample in range(tl.max(count) if VARIES else count):
+                if not SINGLE:
+                    u = sample_place(place, sample, per_axis, output_size, COMPUTE)
+                    x, t, taps = _aim(
+                        parameters_ptr, parameters_tangent_ptr, links, chain, m, maps,
+                        uncentred(u, output_size, COMPUTE), u, mask, output_size, input_size,
+                        parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+                        LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE,
+                        TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
+                    )  # fmt: skip
+                wanted = mask & (sample < count) if VARIES else mask
+                totals = ()
+                for block in tl.static_range(UNROLL):
+                    c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+                    in_channels = (c < channels)[None, :]
+                    output = outputs[block]
+                    for plane in range(1 if DIMS == AXES else TAPS):
+                        last_taps = taps_along(
+                            x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
+                            WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, INDEX, ORDER,
+                        )  # fmt: skip
+                        for corner_id in tl.static_range(TAPS**AXES):
+                            weights, slopes, _, pixel, inside, _ = corner(taps + last_taps, corner_id, TAPS, ORDER)
+                            readable = (inside & wanted)[:, None] & in_channels
+                            weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
+                            if SUPERSAMPLE != 1:
+                                weight *= share
+                            value = load_block(input_ptr, pixel, c, input_strides, readable, INDEX, COMPUTE)
+                            output += weight[:, None] * value
+                            if INPUT_TANGENT:
+                                weight = product(weights)
+                                if SUPERSAMPLE != 1:
+                                    weight *= share
+                                output += weight[:, None] * load_block(
+                                    input_tangent_ptr, pixel, c, input_tangent_strides, readable, INDEX, COMPUTE
+                                )
+                    totals = totals + (output,)
+                outputs = totals
+            if PROJECT == "argmax":
+                larger, where = (), ()
+                for block in tl.static_range(UNROLL):
+                    better = (outputs[block] > largest[block]) | (z == 0)
+                    larger = larger + (tl.where(better, outputs[block], largest[block]),)
+                    where = where + (tl.where(better, z, indices[block]),)
+                largest, indices = larger, where
+        if PROJECT == "argmax":
+            outputs = indices
+        for block in tl.static_range(UNROLL):
+            c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+            output = outputs[block]
+            if PROJECT == "mean":
+                output = output / tl.cast(output_size[DIMS - 1], COMPUTE)
+            tl.store(
+                output_ptr + block_offset(p, c, output_strides, INDEX),
+                output.to(output_ptr.dtype.element_ty),
+                mask=mask[:, None] & (c < channels)[None, :],
+            )
+
+
+@triton.jit
+def _aim(
+    parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, u, mask, output_size, input_size,
+    parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+    LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr,
+    PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
+    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
+    TANGENT: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    AXES: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Where samples look, the change of that after padding, and the taps along the axes whose taps are all at hand."""
+    _coefficients, _tangents, x, t = look(
+        parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, u, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
@@ -50,60 +160,34 @@ def gather_kernel(
         x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
         WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,
     )  # fmt: skip
-
-    input_ptr = image_start(input_ptr, n, input_batch, input_strides)
-    input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
-    output_ptr += m * output_strides[0]
-    start = tl.program_id(1) * CHANNELS_PER_PROGRAM
-    for first in range(start, tl.minimum(start + CHANNELS_PER_PROGRAM, channels), UNROLL * BLOCK_C):
-        for block in tl.static_range(UNROLL):
-            c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
-            in_channels = (c < channels)[None, :]
-            output = tl.zeros((lanes(BLOCK), BLOCK_C), COMPUTE)
-            for plane in range(1 if len(BLOCK) == AXES else TAPS):
-                last_taps = taps_along(
-                    x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
-                    WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, INDEX, ORDER,
-                )  # fmt: skip
-                for corner_id in tl.static_range(TAPS**AXES):
-                    weights, slopes, _, pixel, inside, _ = corner(taps + last_taps, corner_id, TAPS, ORDER)
-                    readable = (inside & mask)[:, None] & in_channels
-                    weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
-                    output += weight[:, None] * load_block(input_ptr, pixel, c, input_strides, readable, INDEX, COMPUTE)
-                    if INPUT_TANGENT:
-                        output += product(weights)[:, None] * load_block(
-                            input_tangent_ptr, pixel, c, input_tangent_strides, readable, INDEX, COMPUTE
-                        )
-            tl.store(
-                output_ptr + block_offset(p, c, output_strides, INDEX),
-                output.to(output_ptr.dtype.element_ty),
-                mask=mask[:, None] & in_channels,
-            )
+    return x, t, taps
 
 
 def gather(
     output, input, parameters, auxiliary=None, fill=None, input_tangent=None, parameters_tangent=None,
-    *, kind, mode, padding_mode, align_corners, supersample=1,
+    *, kind, mode, padding_mode, align_corners, supersample=1, project="", depth=1,
 ):  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
 
     With parameters_tangent and, if wanted, input_tangent: fill it with what it changes by.
-    A tensor whose batch is a divisor of M serves over and over.
+    A tensor whose batch is a divisor of M serves over and over. With `project`, "sum", "mean" or "argmax", the
+    output lacks the first of its size, `depth`; "argmax" fills it with int32.
     """
     flags = {"TANGENT": parameters_tangent is not None, "INPUT_TANGENT": input_tangent is not None}
     dense, taps = stages.transform(kind).dense, stages.INTERPOLATIONS[mode].taps
     parameters, parameters_tangent = launch.packed(dense, parameters, parameters_tangent)
     input_tangent = input if input_tangent is None else input_tangent
     images, motions = (input, input_tangent), (parameters, parameters_tangent)
+    flags |= {"SUPERSAMPLE": supersample, "PROJECT": project}
     tile = tiling.gather_tile(
-        input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps, flags["TANGENT"]
+        output.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps, flags["TANGENT"]
     )
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
         output, *images, *motions, *stages.chain(kind, auxiliary, None, input.dim() - 2),
-        launch.size(output), launch.size(input), output.shape[1], parameters.shape[1],
+        launch.size(output) + ((depth,) if project else ()), launch.size(input), output.shape[1], parameters.shape[1],
         *launch.batches(*images, *motions),
         launch.strides(output), *map(launch.strides, images), *map(launch.parameter_strides, motions),
         **stages.gather(kind, mode, padding_mode), **flags,
         ALIGN_CORNERS=align_corners, **tile.constants(),
-        **launch.constants(output, *images, parameters=launch.present(*motions, auxiliary)),
+        **launch.constants(*images, output, parameters=launch.present(*motions, auxiliary)),
     )  # fmt: skip

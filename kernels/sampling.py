@@ -3,24 +3,24 @@
 import triton
 import triton.language as tl
 
-from .coordinates import centred, image_start
+from .coordinates import centred, finer, from_finer, image_start, middle
 from .padding import pass_padding
+from .transforms import samples_for, squared_length
 
 
 @triton.jit
 def look(
-    parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, mask, output_size, input_size,
+    parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, u, mask, output_size, input_size,
     parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, PADDING_VJP: tl.constexpr,
     TAPS: tl.constexpr, TANGENT: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """For output pixels p of map m: the map's coefficients and their tangents, p measured from the middle,
+    """For places p in the output of map m, u measured from the middle: the map's coefficients and their tangents,
     the source coordinates before padding and, with TANGENT, the change of those after it.
     """
     n = m // maps
     k = m % maps
-    u = centred(p, output_size, COMPUTE)
     numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
     chain = map_chain(chain, numbers, n, k)
     coefficients = LOAD(
@@ -37,7 +37,77 @@ def look(
             p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
         )  # fmt: skip
         t = pass_padding(TRANSFORM_JVP(coefficients, tangents, u), x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
-    return coefficients, tangents, u, x, t
+    return coefficients, tangents, x, t
+
+
+@triton.jit
+def samples_per_axis(
+    parameters_ptr, links, chain, m, maps, p, mask, output_size, input_size, parameters_batch, parameters_strides,
+    LOAD: tl.constexpr, TRANSFORM: tl.constexpr, SHRINK: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """How many samples along each axis make output pixels p, so many as the map shrinks: one number for the
+    whole map where that is the same everywhere, else one for each lane.
+    """
+    n = m // maps
+    k = m % maps
+    numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
+    if SHRINK is not None:
+        return SHRINK(
+            LOAD(
+                numbers, parameters_strides[2:], None, None,
+                p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
+            )
+        )  # fmt: skip
+    else:
+        chain = map_chain(chain, numbers, n, k)
+        u = centred(p, output_size, COMPUTE)
+        longest = u[0] * 0
+        for axis in tl.static_range(len(p)):
+            ends = ()
+            for side in tl.static_range(2):
+                place = ()
+                for other in tl.static_range(len(p)):
+                    place = place + (u[other] + (side - 0.5 if other == axis else 0.0),)
+                coefficients = LOAD(
+                    numbers, parameters_strides[2:], links, chain, uncentred(place, output_size, COMPUTE),
+                    mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
+                )  # fmt: skip
+                ends = ends + (TRANSFORM(coefficients, place, input_size),)
+            step = ()
+            for other in tl.static_range(len(p)):
+                step = step + (ends[1][other] - ends[0][other],)
+            longest = tl.maximum(longest, squared_length(step))
+        return samples_for(longest)
+
+
+@triton.jit
+def sample_place(p, sample, per_axis, output_size, COMPUTE: tl.constexpr):
+    """One of the per_axis ** d samples of output pixels p, measured from the middle: it lies on a pixel of a finer
+    output, where the walk finds it by the same arithmetic.
+    """
+    fine = ()
+    for axis in tl.static_range(len(p)):
+        fine = fine + (p[axis] * per_axis + sample % per_axis,)
+        sample = sample // per_axis
+    return from_finer(centred(fine, finer(output_size, per_axis), COMPUTE), per_axis)
+
+
+@triton.jit
+def uncentred(u, size, COMPUTE: tl.constexpr):
+    """The same places, measured from the first pixel."""
+    result = ()
+    for axis in tl.static_range(len(u)):
+        result = result + (u[axis] + middle(size[axis], COMPUTE),)
+    return result
+
+
+@triton.jit
+def power(n, EXPONENT: tl.constexpr):
+    result = n
+    for _ in tl.static_range(EXPONENT - 1):
+        result = result * n
+    return result
 
 
 @triton.jit

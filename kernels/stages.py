@@ -29,6 +29,9 @@ class Transform:
     rows: Any = None
     columns: Any = None
     """None for a map without bounds for a walk."""
+    shrink: Any = None
+    """None for a map that shrinks more here than there."""
+    refine: Any = None
     dense: bool = False
     """Whether there are parameters for each output pixel."""
 
@@ -58,6 +61,8 @@ TRANSFORMS = {
         transforms.affine_vjp,
         rows=transforms.affine_rows,
         columns=transforms.affine_columns,
+        shrink=transforms.affine_shrink,
+        refine=transforms.affine_refine,
     ),
     "projective": Transform(
         transforms.projective_load,
@@ -172,6 +177,7 @@ def gather(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
         "LOAD": transform(kind).load,
         "TRANSFORM": transform(kind).map,
         "TRANSFORM_JVP": transform(kind).map_jvp,
+        "SHRINK": transform(kind).shrink,
         "PADDING": PADDINGS[padding_mode].pad,
         "PADDING_VJP": PADDINGS[padding_mode].pad_vjp,
         "WEIGHT": INTERPOLATIONS[mode].weight,
@@ -197,5 +203,6 @@ def walk(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     return named | {
         "ROWS": transform(kind).rows,
         "COLUMNS": transform(kind).columns,
+        "REFINE": transform(kind).refine,
         "FOLDS": PADDINGS[padding_mode].folds,
     }

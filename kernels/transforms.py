@@ -12,6 +12,9 @@ A transform is these device functions:
     map_vjp_jvp(coefficients, t, u, g)  what map_vjp changes by, with g held, where the coefficients move by
                                 t; none for a map that is linear in them
     rows / columns(…)           the output pixels that can touch a given input pixel
+    shrink(coefficients)        samples along each axis that leave no source pixel out, where it is the same
+                                everywhere; elsewhere differences of the map tell
+    refine(coefficients, n)     the coefficients for an output of n pixels, along each axis, for one
 
 Axes are x first. ``rows`` bounds the preimage along every axis but x; ``columns`` bounds it along x
 for a given row. The bounds may be too wide, never too narrow: each candidate is then tested by the
@@ -109,6 +112,47 @@ def affine_rows(coefficients, q, input_size, output_size, RADIUS: tl.constexpr):
         firsts = firsts + (first,)
         lasts = lasts + (tl.where(nothing == 0, last, -1),)
     return firsts, lasts
+
+
+@triton.jit
+def affine_shrink(coefficients):
+    dims: tl.constexpr = 1 if len(coefficients) == 2 else (2 if len(coefficients) == 6 else 3)
+    longest = coefficients[0] * 0
+    for b in tl.static_range(dims):
+        column = ()
+        for a in tl.static_range(dims):
+            column = column + (coefficients[a * (dims + 1) + b],)
+        longest = tl.maximum(longest, squared_length(column))
+    return samples_for(longest)
+
+
+@triton.jit
+def affine_refine(coefficients, per_axis):
+    dims: tl.constexpr = 1 if len(coefficients) == 2 else (2 if len(coefficients) == 6 else 3)
+    step = 1.0 / tl.cast(per_axis, coefficients[0].dtype)
+    result = ()
+    for i in tl.static_range(dims * (dims + 1)):
+        result = result + (coefficients[i] if i % (dims + 1) == dims else coefficients[i] * step,)
+    return result
+
+
+@triton.jit
+def squared_length(v):
+    # Written out with fused products: every kernel rounds alike, and so takes as many samples.
+    result = v[0] * v[0]
+    for a in tl.static_range(1, len(v)):
+        result = tl.fma(v[a], v[a], result)
+    return result
+
+
+@triton.jit
+def samples_for(squared_step):
+    """How many samples along each axis an output pixel takes whose step spans so many source pixels, squared.
+
+    One per source pixel, where 0.01 is left to rounding: a step of 2 takes 2; never more than 16. One for NaN.
+    """
+    step = tl.sqrt(tl.where(squared_step > 1.0, tl.where(squared_step < 256.0, squared_step, 256.0), 1.0))
+    return tl.maximum(tl.ceil(step - 0.01), 1.0).to(tl.int32)
 
 
 @triton.jit

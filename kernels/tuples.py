@@ -34,3 +34,19 @@ def where(condition, x, y):
     for i in tl.static_range(len(x)):
         result = result + (tl.where(condition, x[i], y[i]),)
     return result
+
+
+@triton.jit
+def scale(x, factor):
+    result = ()
+    for i in tl.static_range(len(x)):
+        result = result + (x[i] * factor,)
+    return result
+
+
+@triton.jit
+def floor_divide(x, divisor):
+    result = ()
+    for i in tl.static_range(len(x)):
+        result = result + (x[i] // divisor,)
+    return result

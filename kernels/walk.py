@@ -19,6 +19,9 @@ per map and tile.
 With TANGENT, instead, what both gradients change by where the parameters move by
 parameters_tangent and, with INPUT_TANGENT, the input by input_tangent: a second derivative.
 
+With SUPERSAMPLE other than 1, the walk visits the pixels of a finer output, which are the samples; each takes
+its share of the gradient of the pixel that it is in.
+
 Under a padding mode that folds, the walk takes the samples strictly inside the image; the others
 have been scattered into grad_input before, and the walk starts from what lies there.
 """
@@ -27,7 +30,7 @@ import triton
 import triton.language as tl
 
 from . import launch, tuples
-from .coordinates import block_offset, centred, image_start, lanes, load_block, tile_count, tile_index
+from .coordinates import block_offset, centred, finer, from_finer, image_start, lanes, load_block, tile_count, tile_index
 from .interpolation import product, product_jvp, product_vjp, product_vjp_jvp, touches
 from .padding import strictly_inside
 
@@ -40,13 +43,13 @@ def walk_kernel(
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     grad_input_strides, gradients_strides, gradients_stride_slot, grad_output_strides,
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
-    LOAD: tl.constexpr, LOAD_VJP: tl.constexpr,
+    LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, SHRINK: tl.constexpr, REFINE: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
     FOLDS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
-    NEED_PARAMETERS: tl.constexpr, TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr,
+    NEED_PARAMETERS: tl.constexpr, TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr, SUPERSAMPLE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(CHANNELS_PER_PROGRAM == UNROLL * BLOCK_C, "a walk holds its channels in registers")
@@ -83,17 +86,25 @@ def walk_kernel(
                 parameters_tangent_ptr + k * parameters_tangent_strides[1],
                 None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
             )  # fmt: skip
+        per_axis = 1
+        share = 1.0
+        fine, fine_size = coefficients, output_size
+        if SUPERSAMPLE != 1:
+            per_axis = SHRINK(coefficients) if SUPERSAMPLE == 0 else SUPERSAMPLE
+            fine, fine_size = REFINE(coefficients, per_axis), finer(output_size, per_axis)
+            for _axis in tl.static_range(len(BLOCK)):
+                share = share / tl.cast(per_axis, COMPUTE)
         gradients = tuples.zeros(len(coefficients), (LANES,), COMPUTE)
         grad_output_map = image_start(grad_output_ptr, n * maps + k, grad_output_batch, grad_output_strides)
 
-        first_row, last_row = ROWS(coefficients, tuples.to(q, COMPUTE), input_size, output_size, RADIUS)
+        first_row, last_row = ROWS(fine, tuples.to(q, COMPUTE), input_size, fine_size, RADIUS)
         tile_rows, _ = _count_rows(first_row, last_row, mask)
         wide = tile_rows > LANES
         for turn in range(tl.where(tile_rows > 0, tl.where(wide, LANES, 1), 0)):
             # The pixel that each lane works for: its own, or the same for all.
             pixel, pixel_mask = tile_index(tile, tl.where(wide, turn, lane), input_size, BLOCK)
             position = tuples.to(pixel, COMPUTE)
-            first_row, last_row = ROWS(coefficients, position, input_size, output_size, RADIUS)
+            first_row, last_row = ROWS(fine, position, input_size, fine_size, RADIUS)
             rows, shape = _count_rows(first_row, last_row, pixel_mask)
             values = ()
             value_tangents = ()
@@ -110,11 +121,15 @@ def walk_kernel(
             for r in range(0, rows, tl.where(wide, LANES, 1)):
                 row, in_row = _unravel_row(tl.where(wide, r + lane, r), first_row, last_row, shape)
                 in_row &= pixel_mask
-                u_row = centred(row, output_size[1:], COMPUTE)
-                first, last = COLUMNS(coefficients, u_row, position, input_size, output_size, RADIUS)
+                u_row = centred(row, fine_size[1:], COMPUTE)
+                first, last = COLUMNS(fine, u_row, position, input_size, fine_size, RADIUS)
                 for step in range(tl.max(tl.where(in_row, last - first + 1, 0))):
                     column = first + step
-                    u = centred((column,), output_size, COMPUTE) + u_row
+                    u = centred((column,), fine_size, COMPUTE) + u_row
+                    p = (column,) + row
+                    if SUPERSAMPLE != 1:
+                        u = from_finer(u, per_axis)
+                        p = tuples.floor_divide(p, per_axis)
                     x = TRANSFORM(coefficients, u, input_size)
                     hit = in_row & (column <= last)
                     for axis in tl.static_range(len(BLOCK)):
@@ -122,7 +137,7 @@ def walk_kernel(
                     if FOLDS and TAPS <= 2:
                         hit &= strictly_inside(x, input_size)
                     grad_output = _load_channels(
-                        grad_output_map, (column,) + row, grad_output_strides, hit, channels,
+                        grad_output_map, p, grad_output_strides, hit, channels,
                         BLOCK_C, UNROLL, INDEX, COMPUTE,
                     )  # fmt: skip
                     # A candidate that is no hit gets numbers that are finite, and grad_output's 0.
@@ -149,11 +164,15 @@ def walk_kernel(
                             dot = tl.where(hit, _dot(grad_output, value_tangents), 0.0)
                             grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
                         gradients = tuples.add(gradients, TRANSFORM_VJP(coefficients, u, grad_x))
+            if SUPERSAMPLE != 1:
+                collected = tuples.scale(collected, share)
             if wide:
                 collected = _hand_over(collected, lane == turn)
             grad_input = tuples.add(grad_input, collected)
 
         if NEED_PARAMETERS:
+            if SUPERSAMPLE != 1:
+                gradients = tuples.scale(gradients, share)
             slot = tile * tl.num_programs(1) + tl.program_id(1)
             LOAD_VJP(
                 gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
