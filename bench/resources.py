@@ -51,6 +51,9 @@ class Case:
     tangent: bool = False
     """The change along a direction of both the parameters and the image: forward mode, second derivatives."""
     deterministic: bool = False
+    supersample: int = 1
+    project: str = ""
+    """Of the gather: a volume's output reduced along its depth."""
 
     @property
     def stages(self) -> str:
@@ -61,6 +64,7 @@ class Case:
         words += [f"C={self.channels}"] * (self.channels != 32) + ["size_1"] * (1 in self.size)
         words += ["corners"] * self.align_corners + ["int64"] * self.far
         words += ["tangent"] * self.tangent + ["deterministic"] * self.deterministic
+        words += [f"supersample={self.supersample}"] * (self.supersample != 1) + [self.project] * bool(self.project)
         return " ".join(words)
 
 
@@ -140,6 +144,14 @@ def all_cases() -> list[tuple[Case, str]]:
         once += cases(kind, linear, ("zeros",))
     once += cases("free_form[8,8,8]", linear, folding, size=(6, 8, 16)) + cases(CHAINS[0], linear, folding, **wide)
     once += cases(CHAINS[0], linear, folding, tangent=True)
+    for supersample in (0, 2):
+        once += cases("affine", linear, folding, supersample=supersample)
+    once += cases("projective", linear, ("zeros",), supersample=0) + cases("affine", linear, folding, supersample=0, **wide)
+    once += cases("affine", linear, folding, supersample=0, tangent=True)
+    once += cases("affine", linear, ("zeros",), supersample=2, size=(6, 8, 16))
+    volume = Case("gather", "bilinear", "zeros", size=(6, 8, 16))
+    once += [replace(volume, project=project) for project in ("sum", "argmax")]
+    once += [replace(volume, project="sum", tangent=True), replace(volume, project="sum", **wide)]
     smooth = ("bilinear", "bicubic")
     fixed = [
         *cases("affine", smooth, folding),
@@ -181,9 +193,13 @@ def compile_case(case: Case, arch: str):
         "mode": case.mode,
         "padding_mode": case.padding_mode,
         "align_corners": case.align_corners,
+        "supersample": case.supersample,
     }
     with _compiling_for(arch) as launches:
         if case.kernel == "gather":
+            if case.project:
+                options |= {"project": case.project, "depth": output.shape[2]}
+                output = output[:, :, 0].to(torch.int32 if case.project == "argmax" else output.dtype)
             kernels.gather(output, image, parameters, auxiliary, None, *tangents, **options)
         else:
             grad_image = None if case.kernel == "reduce" else torch.empty_like(image)

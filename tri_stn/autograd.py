@@ -40,6 +40,13 @@ def warp(
     return _warp(input, parameters, auxiliary, fill, size, project, *options)
 
 
+def warp_largest(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+    """A volume's warp, of which only the largest sample along the depth is kept: (M * K, C, *size[1:])."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        from . import graph  # noqa: F401
+    return _warp_largest(input, parameters, size, *options)
+
+
 def splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
     """The adjoint of `warp` in its input: (M * K, C, *input_size) added up to (M, C, *size)."""
     if torch.compiler.is_exporting():
@@ -56,6 +63,29 @@ def _warp(
     if _is_chain(options) and (ops.is_deterministic() or torch._C._are_functorch_transforms_active()):
         parameters, auxiliary, options = _as_grid(parameters, auxiliary, size, input.shape[2:], input.dtype, options)
     return _apply(_Warp, input, parameters, auxiliary, fill, size, project, options)
+
+
+def _warp_largest(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+    """One pass finds where the largest samples are; a grid of these places reads them, with all derivatives."""
+    kind, mode, padding_mode, align_corners, supersample = options
+    indices = _apply(_Argmax, input.detach(), parameters.detach(), size, options)
+    channels, depth = input.shape[1], size[0]
+    dtype, transform = reference.compute_dtype(input.dtype), reference.TRANSFORMS[kind]
+    sizes = tuple(reversed(input.shape[2:])), tuple(reversed(size))
+    coefficients = transform.load(parameters.to(dtype), *sizes, align_corners).unsqueeze(2)
+    y, x = (torch.arange(n, device=input.device, dtype=dtype) - (n - 1) / 2 for n in size[1:])
+    z = indices.to(dtype).unflatten(0, (-1, parameters.shape[1])).flatten(3) - (depth - 1) / 2  # (M, K, C, P)
+    u = [x.repeat(size[1]), y.repeat_interleave(size[2]), z]
+    places = transform.map(coefficients, reference._Pixels(0, z.shape[-1], [], u, *reversed(sizes), align_corners))
+    edge = 0.0 if align_corners else 0.5
+    units = [points.pixels_per_unit(n, align_corners) or 1.0 for n in sizes[0]]
+    grid = torch.stack([(place + edge) / unit - 1 for place, unit in zip(places, units, strict=True)], -1)
+    grid = grid.transpose(1, 2).flatten(0, 1).unflatten(2, (1, *size[1:]))  # (M * C, K, 1, H, W, 3)
+    images = input.flatten(0, 1).unsqueeze(1)
+    call = torch.ops.tri_stn.warp if torch.compiler.is_exporting() else _warp
+    output = call(images, grid, None, None, (1, *size[1:]), "", "grid", mode, padding_mode, align_corners, supersample)
+    output = output.view(input.shape[0], channels, -1, *size[1:])
+    return output.transpose(1, 2).flatten(0, 1)
 
 
 def _splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
@@ -151,6 +181,7 @@ class _Warp(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         again = _is_chain(ctx.options) and torch.is_grad_enabled() and not points.is_linear(ctx.options[0])
         backward: Callable[..., Any] = _backward_through_grid if again else functools.partial(_apply, _Backward)
+        grad_output = _spread(grad_output, ctx.size, ctx.project)
         gradients = backward(grad_output, *ctx.saved_tensors, ctx.layout, needs, ctx.options)
         return *_wanted(gradients, needs), None, None, None, None
 
@@ -176,6 +207,38 @@ class _Warp(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
         return _vmap(_Warp, info, in_dims, *args, per=(1, 1, 0, 0))
+
+
+def _spread(grad_output: Tensor, size: Sequence[int], project: str) -> Tensor:
+    """The gradient of a projection → that of every layer of its depth, the same memory for all."""
+    if not project:
+        return grad_output
+    grad_output = grad_output / size[0] if project == "mean" else grad_output
+    return grad_output.unsqueeze(2).expand(-1, -1, size[0], -1, -1)
+
+
+class _Argmax(torch.autograd.Function):
+    """Where along its depth a warped volume is largest, which changes by jumps alone."""
+
+    @staticmethod
+    def forward(input: Tensor, parameters: Tensor, size: Sequence[int], options: Options) -> Tensor:
+        return torch.ops.tri_stn.warp_argmax(input, parameters, size, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple:
+        return None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
+        return _vmap(_Argmax, info, in_dims, *args, per=(1, 1))
 
 
 def _torch_jvp(
@@ -282,13 +345,14 @@ class _Change(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, _, ctx.project, ctx.options = inputs
+        *tensors, ctx.size, ctx.project, ctx.options = inputs
         ctx.save_for_backward(*tensors)
         ctx.layout = tensors[0].shape[2:], ops.is_channels_last(tensors[0])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         input, parameters, fill, *tangents = ctx.saved_tensors
+        grad_output = _spread(grad_output, ctx.size, ctx.project)
         results: list[_Optional] = [None] * 5
         needs = ctx.needs_input_grad[:2]
         if any(needs):
@@ -360,6 +424,7 @@ def _change(
     if input_tangent is not None:
         return _apply(_Warp, input_tangent, parameters, auxiliary, None, size, project, options)
     assert input is not None
+    size = size[1:] if project else size
     return input.new_zeros((parameters.shape[0] * parameters.shape[1], input.shape[1], *size))
 
 

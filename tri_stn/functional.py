@@ -13,9 +13,12 @@ from .lazy import LazyGrid, check_align_corners
 from .transforms import Grid, Transform
 
 MODES = ("bilinear", "nearest", "bicubic")
+PROJECTIONS = ("sum", "mean", "max")
 PADDING_MODES = ("zeros", "border", "reflection")
 LARGEST_AXIS = 2**24
 """Pixels along an axis that fp32 coordinates can tell apart."""
+MOST_SAMPLES = 16
+"""Along each axis of an output pixel, with antialias."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -27,6 +30,9 @@ def warp(
     mode: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = False,
+    antialias: bool = False,
+    supersample: int = 1,
+    project: str | None = None,
 ) -> Tensor:
     """Read ``input`` where ``transform`` looks: the sampler of a spatial transformer network.
 
@@ -49,9 +55,21 @@ def warp(
         padding_mode: what lies outside the image: "zeros", "border" or "reflection".
         align_corners: whether -1 and 1 are the centres of the outermost pixels (True) or their
             outer edges (False), as in `torch.nn.functional.grid_sample`.
+        antialias: average as many samples per output pixel as the map shrinks the image: along each axis k, the
+            longest step in source pixels that one output pixel makes along any axis, rounded up (a step of up to
+            2.01 counts as 2), and 16 at most. One k for each map that is affine, one for each output pixel
+            of another, found on the device. Not for dense transforms, which say where one sample
+            lies: upsample those, or give a parametric one.
+        supersample: average this many samples along each axis, always: k ** d at evenly spaced places,
+            p + (i + 0.5) / k - 0.5. Derivatives are those of the average, k held. 1 for one sample, at the centre.
+        project: reduce a volume's output along its depth as it is sampled (Jaderberg et al. 2015, appendix A.3):
+            "sum", "mean" or "max", for an `Affine` or `Projective` map of size (D, H, W). The volume of samples
+            is not stored, but for second derivatives. "max" takes the first of equals; it finds the
+            largest samples first, and reads them through a grid of three numbers per element of the output, without
+            supersampling; a channels_last input is copied for it.
 
     Returns:
-        (N, C, *size), or (N, K, C, *size) for K maps per image, in the input's dtype.
+        (N, C, *size), or (N, K, C, *size) for K maps per image, in the input's dtype; (N, [K,] C, H, W) if projected.
         Coordinates and sums are fp32 (fp64 for fp64 input), under autocast too.
 
     Raises:
@@ -78,15 +96,21 @@ def warp(
             f"This {type(transform).__name__} has one map per pixel of an output of size {tuple(transform.size)}; got "
             f"size {size}. Leave size out."
         )
+    samples = _check_samples(transform, antialias, supersample)
+    _check_axes(input.dtype, tuple(n * (samples or MOST_SAMPLES) for n in size) if samples != 1 else size)
+    _check_projection(input, transform, size, project, samples)
     if input.is_complex():
         options: Any = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
+        options |= {"antialias": antialias, "supersample": supersample, "project": project}
         return torch.complex(*(warp(part, transform, size, **options) for part in (input.real, input.imag)))
 
     parameters, batch = _match_batch(input, transform.parameters, transform.batch)
     auxiliary = _match_auxiliary(input, transform)
-    output = autograd.warp(
-        input, parameters, auxiliary, None, size, "", transform.kind, mode, padding_mode, align_corners, 1
-    )
+    choices = transform.kind, mode, padding_mode, align_corners, samples
+    if project == "max":
+        output = autograd.warp_largest(input, parameters, size, *choices)
+    else:
+        output = autograd.warp(input, parameters, auxiliary, None, size, project or "", *choices)
     return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
 
 
@@ -292,6 +316,46 @@ def _check_grid(input: object, grid: object) -> None:
         f"{problem}; got input of shape {tuple(input.shape)} and grid of shape {tuple(grid.shape)}. "
         "Images are (N, C, *size), grids (N, *output_size, d)."
     )
+
+
+def _check_samples(transform: Transform, antialias: bool, supersample: int) -> int:
+    """Samples along each axis of an output pixel; 0 for as many as the map shrinks."""
+    if not isinstance(antialias, bool):
+        raise TypeError(f"antialias must be True or False; got {antialias!r}.")
+    if not isinstance(supersample, int) or isinstance(supersample, bool):
+        raise TypeError(f"supersample must be an integer, the samples along each axis; got {supersample!r}.")
+    if supersample < 1:
+        raise ValueError(f"supersample must be at least 1; got {supersample}.")
+    if antialias and supersample != 1:
+        raise ValueError(
+            f"antialias chooses how many samples make a pixel, and supersample={supersample} says it. Leave one out."
+        )
+    if (antialias or supersample != 1) and transform.size is not None:
+        raise ValueError(
+            f"antialias and supersample need a map that says where the places between pixels look; a "
+            f"{type(transform).__name__} has one place per pixel. Give a parametric transform such as Affine, or upsample "
+            "it and average the output."
+        )
+    return 0 if antialias else supersample
+
+
+def _check_projection(
+    input: Tensor, transform: Transform, size: Sequence[int], project: str | None, samples: int
+) -> None:
+    if project is None:
+        return
+    _check_choice("project", project, PROJECTIONS)
+    if transform.dims != 3 or transform.kind not in ("affine", "projective"):
+        raise ValueError(
+            "project takes a volume and an affine or projective map, such as Affine with theta (N, 3, 4); got a "
+            f"{transform.dims}-D {type(transform).__name__}."
+        )
+    if size[0] < 1:
+        raise ValueError(f"project needs a depth of at least 1; got size {tuple(size)}.")
+    if project == "max" and samples != 1:
+        raise ValueError("project='max' takes one sample per place: leave antialias and supersample out.")
+    if project == "max" and input.is_complex():
+        raise ValueError(f"project='max' takes a real input, as complex numbers have no order; got {input.dtype}.")
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

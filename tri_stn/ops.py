@@ -46,6 +46,7 @@ library.define(
     f" bool need_input, bool need_parameters, bool need_auxiliary, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
 library.define(f"warp(Tensor input, {_MAP}, SymInt[] size, str project, {_OPTIONS}) -> Tensor")
+library.define(f"warp_argmax(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
 library.define(f"splat(Tensor input, Tensor parameters, Tensor? auxiliary, SymInt[] size, {_OPTIONS}) -> Tensor")
 
 
@@ -76,8 +77,26 @@ def _warp_forward(
     output, mask = _allocate_output(*tensors, size, project, return_mask)
     if output.numel():
         with torch.cuda.device_of(input):  # where Triton launches; for CPU tensors it does nothing
-            _backend(input).gather(output, *tensors, **_named(options))
+            _backend(input).gather(output, *tensors, **_named(options), **_projection(project, size))
     return output, mask
+
+
+def _projection(project: str, size: Sequence[int]) -> dict[str, Any]:
+    return {"project": project, "depth": size[0]} if project else {}
+
+
+def _allocate_indices(input: Tensor, parameters: Tensor, size: Sequence[int], *_: Any) -> Tensor:
+    shape = (input.shape[0] * parameters.shape[1], input.shape[1], *size[1:])
+    return torch.empty(shape, dtype=torch.int32, device=input.device)
+
+
+def _warp_argmax(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+    """Where along the depth of the output the largest samples are, the first of equals: (M * K, C, *size[1:])."""
+    indices = _allocate_indices(input, parameters, size)
+    if indices.numel():
+        with torch.cuda.device_of(input):
+            _backend(input).gather(indices, input, parameters, **_named(options), **_projection("argmax", size))
+    return indices
 
 
 def _allocate_gradients(
@@ -153,6 +172,7 @@ for _name, _implementation, _fake in (
     ("warp_forward", _warp_forward, _allocate_output),
     ("warp_backward", _warp_backward, _allocate_gradients),
     ("warp", _warp, _warp_fake),
+    ("warp_argmax", _warp_argmax, _allocate_indices),
     ("splat", _splat, _splat_fake),
 ):
     library.impl(_name, _implementation, "CompositeExplicitAutograd")

@@ -47,12 +47,16 @@ class Transform:
     """Adds what map_vjp changes by along tangents of the coefficients; None where it does not."""
     dense: bool = False
     """Whether there are parameters for each output pixel."""
+    shrink: Callable[[Tensor], Tensor] | None = None
+    """Coefficients → samples along each axis that leave no source pixel out, (M, K, 1); None where that is
+    not the same everywhere, and differences of the map tell.
+    """
 
 
 @dataclass(frozen=True)
 class _Pixels:
     """A chunk of output pixels: their range in memory order, and along each axis, x first, their
-    indices and the same measured from the middle, each (P,).
+    indices, (P,), and where in them a sample lies, measured from the middle: (P,), or (M, K, P).
     """
 
     start: int
@@ -90,6 +94,19 @@ def affine_jvp(coefficients: Tensor, tangents: Tensor, pixels: _Pixels) -> list[
 
 def affine_vjp(grad: Tensor, coefficients: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
     grad += _rows_vjp(grad_x, pixels)
+
+
+def affine_shrink(coefficients: Tensor) -> Tensor:
+    return samples_for(coefficients[..., :-1].square().sum(-2).amax(-1, keepdim=True))
+
+
+def samples_for(squared_step: Tensor) -> Tensor:
+    """How many samples along each axis an output pixel takes whose step spans so many source pixels, squared.
+
+    One per source pixel, where 0.01 is left to rounding: a step of 2 takes 2; never more than 16. One for NaN.
+    """
+    step = squared_step.nan_to_num(nan=1.0).clamp(1, 256).sqrt()
+    return (step - 0.01).ceil().clamp(min=1).long()
 
 
 def projective(coefficients: Tensor, pixels: _Pixels) -> list[Tensor]:
@@ -144,8 +161,8 @@ def _rows(matrix: Tensor, pixels: _Pixels) -> list[Tensor]:
 
 
 def _rows_vjp(grad: list[Tensor], pixels: _Pixels) -> Tensor:
-    basis = torch.stack([*pixels.u, torch.ones_like(pixels.u[0])])  # (d+1, P)
-    return torch.stack(grad, -2) @ basis.T
+    basis = torch.stack([*pixels.u, torch.ones_like(pixels.u[0])], -2)  # (d+1, P)
+    return torch.stack(grad, -2) @ basis.mT
 
 
 def _affine_scale(like: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
@@ -253,7 +270,7 @@ def _chain(kind: str) -> Transform:
 
 
 TRANSFORMS = {
-    "affine": Transform(matrix_load, matrix_load_vjp, affine, affine_jvp, affine_vjp),
+    "affine": Transform(matrix_load, matrix_load_vjp, affine, affine_jvp, affine_vjp, shrink=affine_shrink),
     "projective": Transform(
         matrix_load, matrix_load_vjp, projective, projective_jvp, projective_vjp, projective_vjp_jvp
     ),
@@ -353,19 +370,26 @@ INTERPOLATIONS = {
 
 def gather(
     output: Tensor, input: Tensor, parameters: Tensor, auxiliary: Tensor | None = None, fill: Tensor | None = None,
-    input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None, **options: Any,
+    input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
+    *, project: str = "", depth: int = 1, **options: Any,
 ) -> None:  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
 
     With parameters_tangent and, if wanted, input_tangent: fill it with what it changes by.
-    A tensor whose batch is a divisor of M serves over and over. Options: `_Sampling`'s.
+    A tensor whose batch is a divisor of M serves over and over. With `project`, "sum", "mean" or "argmax",
+    the output lacks the first of its size, `depth`; "argmax" fills it with int32. Options: `_Sampling`'s.
     """
+    size = (*([depth] if project else []), *output.shape[2:])
     maps, sampling = parameters.shape[1], _Sampling(**options)
     together = (
         (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (output, maps), (auxiliary, 1),
     )  # fmt: skip
     for input, parameters, input_tangent, parameters_tangent, output, auxiliary in _same_batch(*together):
-        for chunk in sampling.chunks(output.shape, input, parameters, parameters_tangent, 0, auxiliary):
+        shape = torch.Size((*output.shape[:2], *size))
+        motion = parameters, parameters_tangent
+        for chunk in sampling.chunks(shape, input, *motion, 0, auxiliary, layers=depth if project else 1):
+            if chunk.begins:
+                result = largest = torch.zeros((), dtype=chunk.dtype)
             total = torch.zeros((), dtype=chunk.dtype)
             for corner in chunk.corners():
                 weight = corner.weight() if chunk.t is None else corner.weight_jvp()
@@ -374,8 +398,14 @@ def gather(
                 if input_tangent is not None:
                     value = _read(input_tangent, corner).to(chunk.dtype)
                     total = total + corner.weight()[:, None] * torch.where(corner.inside[:, None], value, 0)
-            total = total.transpose(1, 2).flatten(0, 1)
-            output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = total.to(output.dtype)
+            if project == "argmax":
+                better = (total > largest) | torch.tensor(chunk.begins)
+                largest, result = torch.where(better, total, largest), torch.where(better, chunk.layer, result)
+            else:
+                result = result + (total if chunk.share is None else chunk.share[:, None] * total)
+            if chunk.ends:
+                result = (result / depth if project == "mean" else result).transpose(1, 2).flatten(0, 1)
+                output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = result.to(output.dtype)
 
 
 def adjoint(
@@ -418,10 +448,11 @@ def _adjoint(
         grad_image = grad_input.zero_() if grad_input.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
     grad_coefficients = torch.zeros(parameters.shape, dtype=compute, device=parameters.device)
     order, size = int(needs_map), grad_output.shape
-    grad_output = grad_output.flatten(2)  # a copy of rows that don't follow each other
     for chunk in sampling.chunks(size, image, parameters, parameters_tangent, order, auxiliary, grad_auxiliary):
-        grad = grad_output[:, :, chunk.pixels.start : chunk.pixels.stop].to(compute)
+        grad = _part(grad_output, chunk.pixels).to(compute)
         grad = grad.unflatten(0, parameters.shape[:2]).transpose(1, 2)  # (M, C, K, P)
+        if chunk.share is not None:
+            grad = grad * chunk.share[:, None]
         grad_x = [torch.zeros_like(x) for x in chunk.x]
         held_grad_x = [torch.zeros_like(x) for x in chunk.x]  # of the samples where they are, for a map that bends
         for corner in chunk.corners():
@@ -525,6 +556,13 @@ class _Chunk:
     interpolation: Interpolation
     order: int
     """How many derivatives of the weights are asked for."""
+    share: Tensor | None = None
+    """How much this sample counts, (M, K, P or 1), where it is one of several of a pixel: 0 where it is none."""
+    layer: int = 0
+    """Of the depth, where the output is projected along it."""
+    begins: bool = True
+    ends: bool = True
+    """Whether this is the first, the last chunk of samples of these pixels."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -546,6 +584,8 @@ class _Chunk:
         for corner in itertools.product(*axes):
             weights, slopes, curvatures, pixel, insides = (list(column) for column in zip(*corner, strict=True))
             inside = math.prod(insides[1:], start=insides[0])
+            if self.share is not None:
+                inside = inside & (self.share > 0)
             yield _Corner(weights, slopes, curvatures, self.t or [], pixel, inside)
 
 
@@ -565,9 +605,12 @@ class _Sampling:
 
     def chunks(
         self, output_shape: torch.Size, image: Tensor, parameters: Tensor, tangent: Tensor | None, order: int,
-        auxiliary: Tensor | None = None, grad_auxiliary: Tensor | None = None,
+        auxiliary: Tensor | None = None, grad_auxiliary: Tensor | None = None, layers: int = 1,
     ) -> Iterator[_Chunk]:  # fmt: skip
-        """The output in parts, and where they look; `order` derivatives of the weights, one more for a tangent."""
+        """The output in parts, and where they look; `order` derivatives of the weights, one more for a tangent.
+
+        Several samples of a pixel, and the layers of a depth that a projection runs along, come one after the other.
+        """
         size, input_size = tuple(reversed(output_shape[2:])), tuple(reversed(image.shape[2:]))
         transform, interpolation = self.transform, INTERPOLATIONS[self.mode]
         dtype = compute_dtype(image.dtype)
@@ -583,7 +626,7 @@ class _Sampling:
         coefficients = load(parameters)
         tangents = None if tangent is None else load(tangent)
         order += tangent is not None
-        count = math.prod(size)
+        count = math.prod(size) // layers
         step = max(1, CHUNK_ELEMENTS // (output_shape[0] * (output_shape[1] + len(size))))
         for start in range(0, count, step):
             stop = min(start + step, count)
@@ -592,21 +635,69 @@ class _Sampling:
             for n in size:
                 index.append(rest % n)
                 rest = rest // n
-            u = [along.to(dtype) - (n - 1) / 2 for along, n in zip(index, size, strict=True)]
-            pixels = _Pixels(start, stop, index, u, size, input_size, self.align_corners, auxiliary, grad_auxiliary)
-            x = transform.map(coefficients, pixels)
-            t = None if tangents is None else transform.map_jvp(coefficients, tangents, pixels)
-            if interpolation.taps <= 2:  # padding moves the sample, but for cubic the taps: as torch does
-                padded = [pad(a, n) for a, n in zip(x, input_size, strict=True)]
-                x, slopes = [a for a, _ in padded], [s for _, s in padded]
-                t = None if t is None else [a * s for a, s in zip(t, slopes, strict=True)]
-                yield _Chunk(pixels, coefficients, tangents, x, t, slopes, lambda q, n: q, interpolation, order)
-            else:
-                x = [a.nan_to_num(nan=-(2.0**24)).clamp(8 - 2.0**24, 2.0**24 - 8) for a in x]  # integers stay exact
-                slopes = [torch.ones_like(a) for a in x]
-                yield _Chunk(
-                    pixels, coefficients, tangents, x, t, slopes, lambda q, n: pad(q, n)[0], interpolation, order
-                )
+            for layer in range(layers):
+                if layers > 1:
+                    index = [*index[:-1], torch.full_like(index[-1], layer)]
+                u = [along.to(dtype) - (n - 1) / 2 for along, n in zip(index, size, strict=True)]
+                pixels = _Pixels(start, stop, index, u, size, input_size, self.align_corners, auxiliary, grad_auxiliary)
+                samples = list(self._samples(coefficients, pixels))
+                for i, (pixels, share) in enumerate(samples):
+                    x = transform.map(coefficients, pixels)
+                    t = None if tangents is None else transform.map_jvp(coefficients, tangents, pixels)
+                    if interpolation.taps <= 2:  # padding moves the sample, but for cubic the taps: as torch does
+                        padded = [pad(a, n) for a, n in zip(x, input_size, strict=True)]
+                        x, slopes = [a for a, _ in padded], [s for _, s in padded]
+                        t = None if t is None else [a * s for a, s in zip(t, slopes, strict=True)]
+                    else:
+                        x = [a.nan_to_num(nan=-(2.0**24)).clamp(8 - 2.0**24, 2.0**24 - 8) for a in x]  # exact integers
+                        slopes = [torch.ones_like(a) for a in x]
+                    yield _Chunk(
+                        pixels, coefficients, tangents, x, t, slopes,
+                        (lambda q, n: q) if interpolation.taps <= 2 else (lambda q, n: pad(q, n)[0]),
+                        interpolation, order, share, layer,
+                        begins=layer == i == 0, ends=layer == layers - 1 and i == len(samples) - 1,
+                    )  # fmt: skip
+
+    def _samples(self, coefficients: Tensor, pixels: _Pixels) -> Iterator[tuple[_Pixels, Tensor | None]]:
+        """The samples that make each output pixel: where they lie, and how much each counts."""
+        if self.supersample == 1:
+            yield pixels, None
+            return
+        dims, like = len(pixels.u), pixels.u[0]
+        per_axis = torch.full((1, 1, 1), self.supersample, device=like.device)
+        if self.supersample == 0:
+            shrink = self.transform.shrink
+            per_axis = self._shrink(coefficients, pixels) if shrink is None else shrink(coefficients)
+        counts = per_axis**dims
+        for sample in range(int(counts.max()) if counts.numel() else 0):
+            u, rest = [], sample
+            for along, n in zip(pixels.index, pixels.size, strict=True):
+                fine = along * per_axis + rest % per_axis
+                u.append((fine.to(like.dtype) - (n * per_axis - 1).to(like.dtype) * 0.5) * (1 / per_axis.to(like.dtype)))
+                rest = rest // per_axis
+            share = torch.where(sample < counts, 1 / counts.to(like.dtype), 0)
+            yield replace(pixels, u=u), share
+
+    def _shrink(self, coefficients: Tensor, pixels: _Pixels) -> Tensor:
+        """Samples along each axis for each output pixel, (M, K, P), from what the map does across it."""
+        longest = torch.zeros((), dtype=pixels.u[0].dtype, device=pixels.u[0].device)
+        for axis in range(len(pixels.u)):
+            ends = []
+            for side in (-0.5, 0.5):
+                u = [along + side if other == axis else along for other, along in enumerate(pixels.u)]
+                ends.append(self.transform.map(coefficients, replace(pixels, u=u)))
+            squares = sum(((b - a).square() for a, b in zip(*ends, strict=True)), torch.zeros(()))
+            longest = longest.maximum(squares)
+        return samples_for(longest)
+
+
+def _part(image: Tensor, pixels: _Pixels) -> Tensor:
+    """A chunk of an image (N, C, *size) of any strides, (N, C, P), without copying the image."""
+    try:
+        return image.view(*image.shape[:2], -1)[:, :, pixels.start : pixels.stop]
+    except RuntimeError:  # rows that don't follow each other, or a layer that stands for all
+        index: tuple[Tensor | slice, ...] = (slice(None), slice(None), *reversed(pixels.index))
+        return image[index]
 
 
 def _read(image: Tensor, corner: _Corner) -> Tensor:
