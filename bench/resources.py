@@ -146,7 +146,9 @@ def all_cases() -> list[tuple[Case, str]]:
     once += cases(CHAINS[0], linear, folding, tangent=True)
     for supersample in (0, 2):
         once += cases("affine", linear, folding, supersample=supersample)
-    once += cases("projective", linear, ("zeros",), supersample=0) + cases("affine", linear, folding, supersample=0, **wide)
+    once += cases("projective", linear, ("zeros",), supersample=0) + cases(
+        "affine", linear, folding, supersample=0, **wide
+    )
     once += cases("affine", linear, folding, supersample=0, tangent=True)
     once += cases("affine", linear, ("zeros",), supersample=2, size=(6, 8, 16))
     volume = Case("gather", "bilinear", "zeros", size=(6, 8, 16))

@@ -30,7 +30,17 @@ import triton
 import triton.language as tl
 
 from . import launch, tuples
-from .coordinates import block_offset, centred, finer, from_finer, image_start, lanes, load_block, tile_count, tile_index
+from .coordinates import (
+    block_offset,
+    centred,
+    finer,
+    from_finer,
+    image_start,
+    lanes,
+    load_block,
+    tile_count,
+    tile_index,
+)
 from .interpolation import product, product_jvp, product_vjp, product_vjp_jvp, touches
 from .padding import strictly_inside
 

@@ -673,7 +673,9 @@ class _Sampling:
             u, rest = [], sample
             for along, n in zip(pixels.index, pixels.size, strict=True):
                 fine = along * per_axis + rest % per_axis
-                u.append((fine.to(like.dtype) - (n * per_axis - 1).to(like.dtype) * 0.5) * (1 / per_axis.to(like.dtype)))
+                u.append(
+                    (fine.to(like.dtype) - (n * per_axis - 1).to(like.dtype) * 0.5) * (1 / per_axis.to(like.dtype))
+                )
                 rest = rest // per_axis
             share = torch.where(sample < counts, 1 / counts.to(like.dtype), 0)
             yield replace(pixels, u=u), share
