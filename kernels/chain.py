@@ -5,8 +5,9 @@ pixel: that is the coefficient of its lane, as for a dense map. On the way back 
 again, and each link adds the gradient of its own numbers to the program's slot.
 
 A link is (f, f_vjp, numbers per map, or 0 for one that reads a table). A chain, for one map, is what its links read:
-(sizes of each link, field, its gradient, its strides, those of its gradient, its size, the map's numbers), where
-a link's sizes begin with the place of its numbers. Two tuples, since Triton assigns no tuple that holds functions.
+(sizes of each link, field, its gradient, the map's numbers), where a link's sizes begin with the place of its
+numbers, and a field is (pointer, strides, size) or, for none, empty. Two tuples, since Triton assigns no tuple that holds
+functions.
 """
 
 import triton
@@ -66,9 +67,7 @@ def _normalized(p, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constex
 def _table(chain, i: tl.constexpr, parameters_ptr, gradients_ptr):
     sizes = chain[0][i]
     numbers = parameters_ptr + sizes[0]
-    field, grad_field, strides, grad_strides, size = chain[1:6]
-    held = chain[6] + sizes[0]
-    return numbers, gradients_ptr + sizes[0], sizes[1:], field, grad_field, strides, grad_strides, size, held
+    return numbers, gradients_ptr + sizes[0], sizes[1:], chain[1], chain[2], chain[3] + sizes[0]
 
 
 @triton.jit
