@@ -26,6 +26,12 @@ def parameter_strides(parameters):
     return stride[0], stride[1], *reversed(stride[2:-1]), stride[-1]
 
 
+def shared_strides(field):
+    """The same of a field that may serve all maps of an image."""
+    n, k, *rest = parameter_strides(field)
+    return n, 0 if field.shape[1] == 1 else k, *rest
+
+
 def packed(dense, parameters, tangent):
     """Parameters and their tangent, the parameters themselves where there is none, as the kernels read
     them: a dense map in place, a few numbers per map next to each other.

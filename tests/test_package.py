@@ -24,7 +24,8 @@ def python(code, cwd, *arguments, **kwargs):
 
 
 def test_public_names():
-    transforms = ["Affine", "Attention", "Displacement", "Grid", "Projective", "Similarity"]
+    transforms = ["Affine", "Attention", "Compose", "Displacement", "FreeForm", "Grid", "LinearBasis"]
+    transforms += ["PiecewiseAffine", "Projective", "Similarity", "ThinPlateSpline", "register_transform"]
     builders = ["boxes", "compose", "crop_box", "from_pixel_matrix", "invert"]
     builders += ["rotation", "scaling", "shear", "to_pixel_matrix", "translation"]
     samplers = ["affine_grid", "fuse", "grid_sample", "splat", "warp"]

@@ -1,5 +1,6 @@
 """Spatial transformer sampling for PyTorch, fused in Triton: no grid is ever stored."""
 
+from .extend import register_transform
 from .functional import grid_sample, splat, warp
 from .fuse import fuse
 from .lazy import affine_grid
@@ -51,6 +52,7 @@ __all__ = [
     "fuse",
     "grid_sample",
     "invert",
+    "register_transform",
     "rotation",
     "scaling",
     "shear",

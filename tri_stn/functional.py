@@ -60,7 +60,7 @@ def warp(
 
     Source: Jaderberg et al. 2015, equations 1 to 7. At borders and ties, gradients follow ATen.
     """
-    _check_call("warp", input, transform, mode, padding_mode, align_corners)
+    parameters = _check_call("warp", input, transform, mode, padding_mode, align_corners)
     dims = transform.dims
     if input.dim() != dims + 2:
         raise ValueError(
@@ -82,7 +82,7 @@ def warp(
         options: Any = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
         return torch.complex(*(warp(part, transform, size, **options) for part in (input.real, input.imag)))
 
-    parameters, batch = _match_batch(input, transform.parameters, transform.batch)
+    parameters, batch = _match_batch(input, parameters, transform.batch)
     auxiliary = _match_auxiliary(input, transform)
     output = autograd.warp(
         input, parameters, auxiliary, None, size, "", transform.kind, mode, padding_mode, align_corners, 1
@@ -123,7 +123,7 @@ def splat(
     Raises:
         TypeError, ValueError: as `warp`.
     """
-    _check_call("splat", input, transform, mode, padding_mode, align_corners)
+    parameters = _check_call("splat", input, transform, mode, padding_mode, align_corners)
     dims, maps = transform.dims, tuple(transform.batch[1:])
     if input.dim() != dims + 2 + len(maps) or maps not in ((), tuple(input.shape[1:2])):
         shape = f"(N, {f'K = {maps[0]}, ' if maps else ''}C, {_axes(dims)})"
@@ -151,7 +151,7 @@ def splat(
         return torch.complex(*(splat(part, transform, size, **options) for part in (input.real, input.imag)))
 
     batch = _common_batch(len(input), transform.batch[0])
-    parameters = transform.parameters.expand(batch, *transform.parameters.shape[1:])
+    parameters = parameters.expand(batch, *parameters.shape[1:])
     input = input.expand(batch, *input.shape[1:])
     if maps:
         input = input.flatten(0, 1)
@@ -237,8 +237,8 @@ def _common_batch(images: int, maps: int) -> int:
 
 def _check_call(
     name: str, input: Tensor, transform: Transform, mode: str, padding_mode: str, align_corners: bool
-) -> None:
-    """What warp and splat ask of their arguments alike."""
+) -> Tensor:
+    """What warp and splat ask of their arguments alike; the transform's parameters."""
     _check_input(input)
     if not isinstance(transform, Transform):
         raise TypeError(f"{name} takes a transform such as tri_stn.Affine(theta); got {type(transform).__name__}.")
@@ -246,10 +246,10 @@ def _check_call(
     _check_choice("padding_mode", padding_mode, PADDING_MODES)
     if not isinstance(align_corners, bool):
         raise TypeError(f"align_corners must be True or False; got {align_corners!r}.")
-    if transform.parameters.device != input.device:
-        raise ValueError(
-            f"input and transform must be on the same device; got {input.device} and {transform.parameters.device}."
-        )
+    parameters = transform.parameters
+    if parameters.device != input.device:
+        raise ValueError(f"input and transform must be on the same device; got {input.device} and {parameters.device}.")
+    return parameters
 
 
 def _check_input(input: Tensor) -> None:

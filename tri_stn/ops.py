@@ -177,9 +177,9 @@ def is_deterministic() -> bool:
 def _backend(image: Tensor) -> ModuleType:
     """Where a tensor's work is done: the kernels, or the reference on the CPU."""
     if image.device.type == "cpu":
-        return _kernels() if os.environ.get("TRITON_INTERPRET") == "1" else reference
+        return kernels() if os.environ.get("TRITON_INTERPRET") == "1" else reference
     if image.device.type == "cuda":
-        return _kernels()
+        return kernels()
     raise NotImplementedError(
         f"tri_stn runs on CUDA and ROCm devices and on the CPU; got a tensor on {image.device}. "
         "Move it with .cuda() or .cpu()."
@@ -187,10 +187,10 @@ def _backend(image: Tensor) -> ModuleType:
 
 
 @functools.cache
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
     """The kernels, imported on first use: CPU users need no Triton."""
     try:
-        from . import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
+        from . import kernels as package  # type: ignore[attr-defined]  # mapped there by setuptools
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] != "triton":
             raise
@@ -198,4 +198,4 @@ def _kernels() -> ModuleType:
             "tri_stn's GPU kernels need Triton, which is not installed: pip install triton. (CPU tensors need none.)",
             name="triton",
         ) from error
-    return kernels
+    return package

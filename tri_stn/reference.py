@@ -232,7 +232,7 @@ def chain_vjp(kind: str, grad: Tensor, numbers: Tensor, pixels: _Pixels, grad_x:
     """By autograd, which follows the links one by one."""
     leaves = [numbers.detach().requires_grad_()]
     if pixels.auxiliary is not None and pixels.grad_auxiliary is not None:
-        leaves.append(pixels.auxiliary.detach().requires_grad_())
+        leaves.append(pixels.auxiliary.detach().to(numbers.dtype).requires_grad_())  # sums in 16 bits lose
         pixels = replace(pixels, auxiliary=leaves[1])
     with torch.enable_grad():
         x = chain(kind, leaves[0], pixels)

@@ -9,7 +9,9 @@ point of the output to the point of the input that is read there. Coordinates ar
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.utils.weak
@@ -17,6 +19,20 @@ from torch import Tensor
 
 from . import matrices
 from .checks import check_floating
+
+
+def once(compute: Callable[[Any], Tensor]) -> Any:
+    """A property that is computed at its first use; functools' own takes a lock, which torch.compile refuses."""
+    name = f"_{compute.__name__}"
+
+    def get(self: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compute(self)
+        if name not in self.__dict__:
+            self.__dict__[name] = compute(self)
+        return self.__dict__[name]
+
+    return property(get, doc=compute.__doc__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +140,7 @@ class _AffineFamily(Transform):
     def kind(self) -> str:
         return "affine"
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         linear = self._linear
         return torch.cat([linear, self.translation.unsqueeze(-1).to(linear.dtype)], -1)
@@ -385,7 +401,7 @@ class ThinPlateSpline(Transform):
     def kind(self) -> str:
         return f"thin_plate[{self.target_points.shape[0]}]"
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         # fp64 also keeps autocast and TF32 out of the product.
         solved = _thin_plate_solution(self.target_points, self.regularization)
@@ -510,7 +526,7 @@ class PiecewiseAffine(Transform):
     def kind(self) -> str:
         return f"piecewise_affine[{self.triangles.shape[0]}]"
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         corners = self.target_points.detach().double()[self.triangles]  # (T, 3, 2)
         columns = torch.cat([corners, torch.ones_like(corners[..., :1])], -1).mT
@@ -644,7 +660,7 @@ class Compose(Transform):
     def kind(self) -> str:
         return "+".join(t.kind for t in self.transforms)
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         if len(self.transforms) == 1:
             return self.transforms[0].parameters
