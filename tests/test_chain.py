@@ -420,7 +420,7 @@ def test_registering_names_what_is_wrong():
     def wrong_derivative(theta, point):
         return radial_in_torch((theta[0], theta[1].detach()), point)
 
-    with pytest.raises(ValueError, match="map_vjp gives .* for the gradient of the parameter 'k2'"):
+    with pytest.raises(ValueError, match=r"map_vjp gives .* for the gradient of the parameter 'k2'"):
         tri_stn.register_transform("lens", radial, radial_vjp, wrong_derivative, ("k1", "k2"))
     with pytest.raises(ValueError, match="no built-in transform has; got 'affine'"):
         tri_stn.register_transform("affine", radial, radial_vjp, radial_in_torch, ("k1", "k2"))

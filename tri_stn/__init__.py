@@ -1,5 +1,6 @@
 """Spatial transformer sampling for PyTorch, fused in Triton: no grid is ever stored."""
 
+from .diffeomorphic import Velocity
 from .extend import register_transform
 from .functional import grid_sample, splat, warp
 from .fuse import fuse
@@ -44,6 +45,7 @@ __all__ = [
     "Projective",
     "Similarity",
     "ThinPlateSpline",
+    "Velocity",
     "affine_grid",
     "boxes",
     "compose",
