@@ -42,6 +42,11 @@ def packed(dense, parameters, tangent):
     return given[0], given[-1]
 
 
+def packed_fill(fill):
+    """The fill as the kernels read it, channels next to each other; None where there is none."""
+    return None if fill is None else fill.contiguous()
+
+
 COUNTS = ["maps", "slots", *(f"{name}_batch" for name in _BATCHED)]
 """Arguments that take any value: a compilation for each would serve nobody."""
 

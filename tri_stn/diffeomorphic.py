@@ -81,8 +81,7 @@ def _read_at(field: Tensor, displacement: Tensor, unit: str, align_corners: bool
     """The field, (N, *size, d) or (N, K, *size, d), read where the displacement of the same shape leads."""
     dims = field.shape[-1]
     image, moved = (t.flatten(0, -dims - 2) for t in (field, displacement))
-    options = {"padding_mode": "border", "align_corners": align_corners}
-    output = warp(image.movedim(-1, 1), Displacement(moved, unit), **options)  # type: ignore[arg-type]
+    output = warp(image.movedim(-1, 1), Displacement(moved, unit), padding_mode="border", align_corners=align_corners)
     return output.movedim(1, -1).view(field.shape)
 
 

@@ -353,18 +353,22 @@ INTERPOLATIONS = {
 
 def gather(
     output: Tensor, input: Tensor, parameters: Tensor, auxiliary: Tensor | None = None, fill: Tensor | None = None,
-    input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None, **options: Any,
+    input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
+    *, mask: Tensor | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
 
     With parameters_tangent and, if wanted, input_tangent: fill it with what it changes by.
-    A tensor whose batch is a divisor of M serves over and over. Options: `_Sampling`'s.
+    A tensor whose batch is a divisor of M serves over and over. `fill` (C,) is what lies outside under
+    zeros padding; `mask` (M * K, 1, *size) is filled with the share of each output pixel's weight that lies
+    inside. Options: `_Sampling`'s.
     """
     maps, sampling = parameters.shape[1], _Sampling(**options)
     together = (
         (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (output, maps), (auxiliary, 1),
+        (mask, maps),
     )  # fmt: skip
-    for input, parameters, input_tangent, parameters_tangent, output, auxiliary in _same_batch(*together):
+    for input, parameters, input_tangent, parameters_tangent, output, auxiliary, mask in _same_batch(*together):
         for chunk in sampling.chunks(output.shape, input, parameters, parameters_tangent, 0, auxiliary):
             total = torch.zeros((), dtype=chunk.dtype)
             for corner in chunk.corners():
@@ -374,6 +378,14 @@ def gather(
                 if input_tangent is not None:
                     value = _read(input_tangent, corner).to(chunk.dtype)
                     total = total + corner.weight()[:, None] * torch.where(corner.inside[:, None], value, 0)
+            if fill is not None:
+                covered = chunk.covered()
+                outside = (1 - covered.weight() if chunk.t is None else -covered.weight_jvp())[:, None]
+                # Selected, as a fill that is not finite must not reach the pixels inside.
+                total = total + torch.where(outside != 0, outside * fill.to(chunk.dtype)[:, None, None], 0)
+            if mask is not None:
+                share = chunk.covered().weight().flatten(0, 1)[:, None]
+                mask.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = share.to(mask.dtype)
             total = total.transpose(1, 2).flatten(0, 1)
             output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = total.to(output.dtype)
 
@@ -388,6 +400,7 @@ def adjoint(
     """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both.
 
     With parameters_tangent and, if wanted, input_tangent: fill them with what they change by.
+    `fill` (C,) is what lies outside under zeros padding.
     Always deterministic: on the CPU one thread adds what falls on one image.
     """
     maps, sampling = parameters.shape[1], _Sampling(**options)
@@ -398,13 +411,13 @@ def adjoint(
         (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (auxiliary, 1), (grad_field, 1),
     )  # fmt: skip
     for tensors in _same_batch(*together):
-        _adjoint(sampling, *tensors)
+        _adjoint(sampling, fill, *tensors)
     if grad_auxiliary is not None and grad_field is not None:
         grad_auxiliary.copy_(grad_field)
 
 
 def _adjoint(
-    sampling: _Sampling,
+    sampling: _Sampling, fill: Tensor | None,
     grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
     parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
     auxiliary: Tensor | None, grad_auxiliary: Tensor | None,
@@ -441,6 +454,14 @@ def _adjoint(
                 dot = (_read(input_tangent, corner).to(compute) * grad).sum(1)
                 for axis in range(len(chunk.x)):
                     grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
+        if needs_map and input is not None and fill is not None:
+            corner = chunk.covered()  # a change of coverage trades the image for the fill
+            dot = -(fill.to(compute)[:, None, None] * grad).sum(1)
+            for axis in range(len(chunk.x)):
+                slope = corner.slope(axis) if chunk.t is None else corner.slope_jvp(axis)
+                grad_x[axis] += slope * dot
+                if chunk.tangents is not None and transform.map_vjp_jvp is not None:
+                    held_grad_x[axis] += corner.slope(axis) * dot
         if needs_map:
             grad_x = [g * s for g, s in zip(grad_x, chunk.padding_slopes, strict=True)]
             transform.map_vjp(grad_coefficients, chunk.coefficients, chunk.pixels, grad_x)
@@ -516,6 +537,8 @@ class _Chunk:
     pixels: _Pixels
     coefficients: Tensor
     tangents: Tensor | None
+    looks: list[Tensor]
+    """Where the transform looks, before padding."""
     x: list[Tensor]
     t: list[Tensor] | None
     """Tangents of x, where the parameters have one."""
@@ -547,6 +570,26 @@ class _Chunk:
             weights, slopes, curvatures, pixel, insides = (list(column) for column in zip(*corner, strict=True))
             inside = math.prod(insides[1:], start=insides[0])
             yield _Corner(weights, slopes, curvatures, self.t or [], pixel, inside)
+
+    def covered(self) -> _Corner:
+        """The share of each sample's weight that lies inside the image, before padding, as a corner whose
+        weights are those of all pixels: exactly 1, without slope, where all taps are inside.
+        """
+        interpolation, columns, insides = self.interpolation, [], []
+        for x, n in zip(self.looks, self.pixels.input_size, strict=True):
+            if interpolation.taps <= 2:
+                x, _ = zeros(x, n, False)
+            first = interpolation.first(x)
+            taps = [first + tap for tap in range(interpolation.taps)]
+            inside = torch.stack([(q >= 0) & (q <= n - 1) for q in taps])
+            whole, sums = inside.all(0), []
+            for f, all_of_them in ((interpolation.weight, 1), (interpolation.slope, 0), (interpolation.curvature, 0)):
+                total = torch.where(inside, torch.stack([f(x, q) for q in taps]), 0).sum(0)
+                sums.append(torch.where(whole, all_of_them, total))
+            columns.append(sums)
+            insides.append(inside.any(0))
+        weights, slopes, curvatures = (list(column) for column in zip(*columns, strict=True))
+        return _Corner(weights, slopes, curvatures, self.t or [], [], math.prod(insides[1:], start=insides[0]))
 
 
 @dataclass(frozen=True)
@@ -598,14 +641,14 @@ class _Sampling:
             t = None if tangents is None else transform.map_jvp(coefficients, tangents, pixels)
             if interpolation.taps <= 2:  # padding moves the sample, but for cubic the taps: as torch does
                 padded = [pad(a, n) for a, n in zip(x, input_size, strict=True)]
-                x, slopes = [a for a, _ in padded], [s for _, s in padded]
+                looks, x, slopes = x, [a for a, _ in padded], [s for _, s in padded]
                 t = None if t is None else [a * s for a, s in zip(t, slopes, strict=True)]
-                yield _Chunk(pixels, coefficients, tangents, x, t, slopes, lambda q, n: q, interpolation, order)
+                yield _Chunk(pixels, coefficients, tangents, looks, x, t, slopes, lambda q, n: q, interpolation, order)
             else:
                 x = [a.nan_to_num(nan=-(2.0**24)).clamp(8 - 2.0**24, 2.0**24 - 8) for a in x]  # integers stay exact
                 slopes = [torch.ones_like(a) for a in x]
                 yield _Chunk(
-                    pixels, coefficients, tangents, x, t, slopes, lambda q, n: pad(q, n)[0], interpolation, order
+                    pixels, coefficients, tangents, x, x, t, slopes, lambda q, n: pad(q, n)[0], interpolation, order
                 )
 
 
