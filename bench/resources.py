@@ -51,6 +51,8 @@ class Case:
     tangent: bool = False
     """The change along a direction of both the parameters and the image: forward mode, second derivatives."""
     deterministic: bool = False
+    fill: bool = False
+    """A fill, and in the forward the mask beside the output."""
     supersample: int = 1
     project: str = ""
     """Of the gather: a volume's output reduced along its depth."""
@@ -64,6 +66,7 @@ class Case:
         words += [f"C={self.channels}"] * (self.channels != 32) + ["size_1"] * (1 in self.size)
         words += ["corners"] * self.align_corners + ["int64"] * self.far
         words += ["tangent"] * self.tangent + ["deterministic"] * self.deterministic
+        words += ["fill"] * self.fill
         words += [f"supersample={self.supersample}"] * (self.supersample != 1) + [self.project] * bool(self.project)
         return " ".join(words)
 
@@ -161,6 +164,11 @@ def all_cases() -> list[tuple[Case, str]]:
         *cases("grid", linear, folding, **wide),
     ]
     once += [replace(case, deterministic=True) for case in fixed if case.kernel == "scatter"]
+    filled = cases("grid", linear, ("zeros",)) + cases("affine", ("bicubic",), ("zeros",), size=(6, 8, 16))
+    for more in ({}, {"tangent": True}, wide):
+        filled += cases("affine", linear, ("zeros",), **more)
+    once += [replace(case, fill=True) for case in filled if case.need_parameters]  # the image's gradient has no fill
+    once += [replace(cases("affine", linear, folding)[0], fill=True)]  # the mask alone
     return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
 
 
@@ -190,6 +198,7 @@ def compile_case(case: Case, arch: str):
     image, output = _image(case, case.size), _image(case, tuple(max(1, n // 2) for n in case.size))
     parameters, auxiliary = _map(case, output.shape[2:])
     tangents = (image, parameters) if case.tangent else (None, None)
+    fill = torch.empty(case.channels, device="meta") if case.fill and case.padding_mode == "zeros" else None
     options: dict[str, Any] = {
         "kind": case.kind,
         "mode": case.mode,
@@ -199,10 +208,11 @@ def compile_case(case: Case, arch: str):
     }
     with _compiling_for(arch) as launches:
         if case.kernel == "gather":
+            mask = output.new_empty((len(output), 1, *output.shape[2:])) if case.fill and not case.tangent else None
             if case.project:
                 options |= {"project": case.project, "depth": output.shape[2]}
                 output = output[:, :, 0].to(torch.int32 if case.project == "argmax" else output.dtype)
-            kernels.gather(output, image, parameters, auxiliary, None, *tangents, **options)
+            kernels.gather(output, image, parameters, auxiliary, fill, *tangents, mask=mask, **options)
         else:
             grad_image = None if case.kernel == "reduce" else torch.empty_like(image)
             grad_parameters = torch.empty_like(parameters) if case.need_parameters else None
@@ -216,7 +226,7 @@ def compile_case(case: Case, arch: str):
                 image,
                 parameters,
                 auxiliary,
-                None,
+                fill,
                 *tangents,
                 **options,
             )

@@ -30,8 +30,9 @@ def adjoint(
 
     One that is not asked for is None; `input` may be None where grad_parameters is. With
     parameters_tangent and, if wanted, input_tangent: fill them with what they change by.
-    A tensor whose batch is a divisor of M serves over and over. `deterministic` sums scattered
-    gradients in fixed point, so that the order of the atomics does not matter.
+    A tensor whose batch is a divisor of M serves over and over. `fill` (C,) is what lies outside under
+    zeros padding. `deterministic` sums scattered gradients in fixed point, so that the order of the
+    atomics does not matter.
     """
     need_input, tangent = grad_input is not None, parameters_tangent is not None
     if stages.INTERPOLATIONS[mode].taps == 1:  # nearest does not change with the coordinate, but for jumps
@@ -98,6 +99,7 @@ def adjoint(
     strides = launch.strides(grad_output), *map(launch.strides, images), *map(launch.parameter_strides, motions)
     constants = launch.constants(image, *images, grad_output, parameters=launch.present(*motions, auxiliary))
     far = launch.is_far(constants)
+    fill = launch.packed_fill(fill) if need_parameters else None
     if scatters:
         gradients, gradients_strides, slot = partials, *_slot_strides(partials)
         if dense and need_parameters:
@@ -107,6 +109,7 @@ def adjoint(
             scatter_kernel[scatter_grid](
                 scattered, scale, gradients, grad_output, *images, *motions, *chain,
                 *sizes, launch.strides(image), gradients_strides, slot, max(1, scatter_slots), *strides,
+                fill,
                 **stages.scatter(kind, mode, padding_mode), **constants, **flags,
                 FOLDED_ONLY=walks, NEED_INPUT=need_input, **scatter_tile.constants(far),
             )  # fmt: skip
@@ -131,6 +134,7 @@ def adjoint(
         walk_kernel[walk_grid](
             grad_input, scattered, shares, grad_output, *images, *motions,
             *sizes, launch.strides(image), *_slot_strides(partials), *strides,
+            fill,
             **stages.walk(kind, mode, padding_mode), **constants, **flags, **walk_tile.constants(far),
         )  # fmt: skip
     elif scattered is not None and scattered is not grad_input:

@@ -5,10 +5,12 @@ pixel: that is the coefficient of its lane, as for a dense map. On the way back 
 again, and each link adds the gradient of its own numbers to the program's slot.
 
 A link is (f, f_vjp, numbers per map, or 0 for one that reads a table). A chain, for one map, is what its links read:
-(sizes of each link, field, its gradient, its strides, those of its gradient, its size, the map's numbers), where
-a link's sizes begin with the place of its numbers. Two tuples, since Triton assigns no tuple that holds functions.
+(sizes of each link, field, its gradient, the map's numbers), where a link's sizes begin with the place of its
+numbers, and a field is (pointer, strides, size) or, for none, empty. Two tuples, since Triton assigns no tuple
+that holds functions.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -66,9 +68,7 @@ def _normalized(p, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constex
 def _table(chain, i: tl.constexpr, parameters_ptr, gradients_ptr):
     sizes = chain[0][i]
     numbers = parameters_ptr + sizes[0]
-    field, grad_field, strides, grad_strides, size = chain[1:6]
-    held = chain[6] + sizes[0]
-    return numbers, gradients_ptr + sizes[0], sizes[1:], field, grad_field, strides, grad_strides, size, held
+    return numbers, gradients_ptr + sizes[0], sizes[1:], chain[1], chain[2], chain[3] + sizes[0]
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def _back(
 
 
 @triton.jit
-def try_link(out_ptr, theta_ptr, points_ptr, gradient_ptr, COUNT: tl.constexpr, DIMS: tl.constexpr,
+def try_kernel(out_ptr, theta_ptr, points_ptr, gradient_ptr, COUNT: tl.constexpr, DIMS: tl.constexpr,
              MAP: tl.constexpr, MAP_VJP: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
     """A registered link by itself: out (2 d + COUNT, LANES), the points that it gives and both gradients."""
     lane = tl.arange(0, LANES)
@@ -126,3 +126,11 @@ def try_link(out_ptr, theta_ptr, points_ptr, gradient_ptr, COUNT: tl.constexpr, 
         tl.store(out_ptr + (DIMS + a) * LANES + lane, back[a])
     for k in tl.static_range(COUNT):
         tl.store(out_ptr + (2 * DIMS + k) * LANES + lane, gradients[k])
+
+
+def try_link(map, map_vjp, theta, points, gradient):
+    """What a link gives for points (d, LANES), the gradients of them, and of theta lane by lane, in one tensor."""
+    dims, lanes = points.shape
+    out = torch.empty((2 * dims + len(theta), lanes), dtype=theta.dtype, device=theta.device)
+    try_kernel[(1,)](out, theta, points, gradient, len(theta), dims, map, map_vjp, lanes)
+    return out

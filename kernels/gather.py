@@ -5,6 +5,9 @@
 n: image; m: map, one per output image, k the map's number among the `maps` of one image; c: channel;
 p: output pixel; q: input pixel, one of the TAPS ** dims that x touches.
 
+With fill, what weighs outside the image has the value fill[c]; with coverage, the share of the weights
+that lies inside, before padding, is stored beside the output.
+
 With TANGENT, instead, what the output changes by where the parameters move by parameters_tangent
 and, with INPUT_TANGENT, the input by input_tangent.
 
@@ -19,10 +22,19 @@ and offsets are computed once. No coordinate is ever stored.
 import triton
 import triton.language as tl
 
-from . import launch, stages, tiling
-from . import tuples
-from .coordinates import block_offset, centred, image_start, lanes, load_block, tile_count, tile_index
-from .interpolation import corner, loops, product, product_jvp, taps_along
+from . import launch, stages, tiling, tuples
+from .coordinates import (
+    block_offset,
+    centred,
+    image_start,
+    lanes,
+    load_block,
+    load_fill,
+    offset,
+    tile_count,
+    tile_index,
+)
+from .interpolation import corner, coverage, loops, product, product_jvp, taps_along
 from .sampling import look, power, sample_place, samples_per_axis, uncentred
 
 
@@ -32,6 +44,7 @@ def gather_kernel(
     output_size, input_size, channels, maps,
     input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     output_strides, input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
+    fill_ptr, coverage_ptr, coverage_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, SHRINK: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
@@ -44,6 +57,7 @@ def gather_kernel(
     ORDER: tl.constexpr = 1 if TANGENT else 0
     PROJECTS: tl.constexpr = PROJECT != ""
     VARIES: tl.constexpr = SUPERSAMPLE == 0 and SHRINK is None  # from pixel to pixel
+    COVERS: tl.constexpr = fill_ptr is not None or coverage_ptr is not None
     SINGLE: tl.constexpr = SUPERSAMPLE == 1 and not PROJECTS  # one sample makes a pixel
     tiles = tile_count(output_size, BLOCK)
     m = (tl.program_id(0) // tiles).to(tl.int64)
@@ -51,12 +65,12 @@ def gather_kernel(
     p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
     if SINGLE:
-        x, t, taps = _aim(
+        x, t, taps, covered = _aim(
             parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, centred(p, output_size, COMPUTE), mask,
             output_size, input_size,
             parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
             LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS,
-            TANGENT, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
+            TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
         )  # fmt: skip
 
     input_ptr = image_start(input_ptr, n, input_batch, input_strides)
@@ -67,6 +81,8 @@ def gather_kernel(
         outputs = tuples.zeros(UNROLL, (lanes(BLOCK), BLOCK_C), COMPUTE)
         largest = outputs
         indices = outputs
+        inside_share = tl.zeros((lanes(BLOCK),), COMPUTE)
+        outside = inside_share
         for z in range(output_size[DIMS - 1] if PROJECTS else 1):
             place = p
             if PROJECTS:
@@ -84,14 +100,21 @@ def gather_kernel(
             for sample in range(tl.max(count) if VARIES else count):
                 if not SINGLE:
                     u = sample_place(place, sample, per_axis, output_size, COMPUTE)
-                    x, t, taps = _aim(
+                    x, t, taps, covered = _aim(
                         parameters_ptr, parameters_tangent_ptr, links, chain, m, maps,
                         uncentred(u, output_size, COMPUTE), u, mask, output_size, input_size,
                         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
                         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE,
-                        TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
+                        TAPS, TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
                     )  # fmt: skip
                 wanted = mask & (sample < count) if VARIES else mask
+                if COVERS:
+                    left = -covered if TANGENT else 1.0 - covered
+                    if SUPERSAMPLE != 1:
+                        covered *= share
+                        left *= share
+                    inside_share += tl.where(wanted, covered, 0.0)
+                    outside += tl.where(wanted, left, 0.0)
                 totals = ()
                 for block in tl.static_range(UNROLL):
                     c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -128,9 +151,19 @@ def gather_kernel(
                 largest, indices = larger, where
         if PROJECT == "argmax":
             outputs = indices
+        if coverage_ptr is not None:
+            at = coverage_ptr + m * coverage_strides[0] + offset(p, coverage_strides[2:], INDEX)
+            # Whatever the shares add up to, a pixel that lacks nothing is whole.
+            inside_share = tl.where(outside == 0, 1.0, inside_share)
+            if (tl.program_id(1) == 0) & (first == 0):  # the others hold more channels of the same pixels
+                tl.store(at, inside_share.to(coverage_ptr.dtype.element_ty), mask=mask)
         for block in tl.static_range(UNROLL):
             c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
             output = outputs[block]
+            if fill_ptr is not None:
+                # Selected, as a fill that is not finite must not reach the pixels inside.
+                filled = outside[:, None] * load_fill(fill_ptr, c, channels, COMPUTE)
+                output += tl.where((outside != 0)[:, None], filled, 0.0)
             if PROJECT == "mean":
                 output = output / tl.cast(output_size[DIMS - 1], COMPUTE)
             tl.store(
@@ -147,10 +180,13 @@ def _aim(
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
-    TANGENT: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    TANGENT: tl.constexpr, COVERS: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     AXES: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Where samples look, the change of that after padding, and the taps along the axes whose taps are all at hand."""
+    """Where samples look, the change of that after padding, the taps along the axes whose taps are all at hand and,
+    with COVERS, how much of their weight lies inside, or what that changes by.
+    """
     _coefficients, _tangents, x, t = look(
         parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, u, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
@@ -160,18 +196,24 @@ def _aim(
         x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
         WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,
     )  # fmt: skip
-    return x, t, taps
+    covered = 0.0
+    if COVERS:
+        shares, share_slopes, _none = coverage(x, input_size, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ORDER)
+        covered = product_jvp(shares, share_slopes, t) if TANGENT else product(shares)
+    return x, t, taps, covered
 
 
 def gather(
     output, input, parameters, auxiliary=None, fill=None, input_tangent=None, parameters_tangent=None,
-    *, kind, mode, padding_mode, align_corners, supersample=1, project="", depth=1,
+    *, mask=None, kind, mode, padding_mode, align_corners, supersample=1, project="", depth=1,
 ):  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
 
     With parameters_tangent and, if wanted, input_tangent: fill it with what it changes by.
-    A tensor whose batch is a divisor of M serves over and over. With `project`, "sum", "mean" or "argmax", the
-    output lacks the first of its size, `depth`; "argmax" fills it with int32.
+    A tensor whose batch is a divisor of M serves over and over. `fill` (C,) is what lies outside under
+    zeros padding; `mask` (M * K, 1, *size) is filled with the share of each output pixel's weight that lies inside.
+    With `project`, "sum", "mean" or "argmax", the output lacks the first of its size, `depth`; "argmax" fills it with
+    int32.
     """
     flags = {"TANGENT": parameters_tangent is not None, "INPUT_TANGENT": input_tangent is not None}
     dense, taps = stages.transform(kind).dense, stages.INTERPOLATIONS[mode].taps
@@ -187,6 +229,7 @@ def gather(
         launch.size(output) + ((depth,) if project else ()), launch.size(input), output.shape[1], parameters.shape[1],
         *launch.batches(*images, *motions),
         launch.strides(output), *map(launch.strides, images), *map(launch.parameter_strides, motions),
+        launch.packed_fill(fill), mask, None if mask is None else launch.strides(mask),
         **stages.gather(kind, mode, padding_mode), **flags,
         ALIGN_CORNERS=align_corners, **tile.constants(),
         **launch.constants(*images, output, parameters=launch.present(*motions, auxiliary)),

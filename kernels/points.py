@@ -10,8 +10,8 @@ This is what a user registers. With a table of any length, or a field, it reads 
     f(table, v, …)           with TANGENT, its part that is linear in the table, without the rest
     f_vjp(table, v, g, …)    adds the gradients of the table, summed over lanes, and returns that of v
 
-A table is (numbers, their gradient, sizes, field, the field's gradient, its strides, those of its gradient, its
-size, held numbers): pointers to this map's own, x first; held are the map's numbers also where `numbers` are a
+A table is (numbers, their gradient, sizes, field, the field's gradient, held numbers): pointers to this map's own, a
+field with its strides and size, x first; held are the map's numbers also where `numbers` are a
 tangent of them. Points are tuples of lanes, normalised to [-1, 1] on the image.
 Far away is _FAR: out of bounds for whatever comes next.
 """
@@ -92,7 +92,7 @@ def thin_plate(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPU
     x = tl.load(plane).to(COMPUTE) + tl.load(plane + 2).to(COMPUTE) * v[0] + tl.load(plane + 4).to(COMPUTE) * v[1]
     y = tl.load(plane + 1).to(COMPUTE) + tl.load(plane + 3).to(COMPUTE) * v[0] + tl.load(plane + 5).to(COMPUTE) * v[1]
     for k in range(knots):
-        u, _slope, _dx, _dy = _bend(table[8] + 2 * k, v, COMPUTE)
+        u, _slope, _dx, _dy = _bend(table[5] + 2 * k, v, COMPUTE)
         x += tl.load(weights + 2 * k).to(COMPUTE) * u
         y += tl.load(weights + 2 * k + 1).to(COMPUTE) * u
     return (x, y)
@@ -116,7 +116,7 @@ def thin_plate_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS: tl.constexpr
         y = tl.load(plane + 4).to(COMPUTE) * g[0] + tl.load(plane + 5).to(COMPUTE) * g[1]
         grad_v = (x, y)
     for k in range(knots):
-        u, slope, dx, dy = _bend(table[8] + 2 * k, v, COMPUTE)
+        u, slope, dx, dy = _bend(table[5] + 2 * k, v, COMPUTE)
         _add(grad_weights + 2 * k, g[0] * u)
         _add(grad_weights + 2 * k + 1, g[1] * u)
         if NEED_POINT:
@@ -275,7 +275,7 @@ def piecewise_affine(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr,
     y = tl.full(v[0].shape, outside, COMPUTE)
     free = v[0] == v[0]
     for t in range(table[2][0]):
-        shares, here = _triangle(table[8] + 15 * t, v, free, COMPUTE)
+        shares, here = _triangle(table[5] + 15 * t, v, free, COMPUTE)
         corners = table[0] + 15 * t + 9
         x_here = tl.zeros_like(v[0])
         y_here = tl.zeros_like(v[0])
@@ -328,12 +328,12 @@ def linear_basis(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COM
     """Coefficients (d, B) of a basis, (*size, B): B numbers for each output pixel."""
     dims: tl.constexpr = len(v)
     count = table[2][0]
-    at = offset(p, table[5], INDEX)
+    at = offset(p, table[3][1], INDEX)
     result = ()
     for a in tl.static_range(dims):
         result = result + (tl.zeros_like(v[a]),)
     for b in range(count):
-        basis = tl.load(table[3] + at + b * table[5][dims], mask=mask, other=0.0).to(COMPUTE)
+        basis = tl.load(table[3][0] + at + b * table[3][1][dims], mask=mask, other=0.0).to(COMPUTE)
         new = ()
         for a in tl.static_range(dims):
             new = new + (result[a] + tl.load(table[0] + a * count + b).to(COMPUTE) * basis,)
@@ -346,15 +346,17 @@ def linear_basis_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS: tl.constex
                      INDEX: tl.constexpr, NEED_POINT: tl.constexpr):  # fmt: skip
     dims: tl.constexpr = len(v)
     count = table[2][0]
-    at = offset(p, table[5], INDEX)
+    at = offset(p, table[3][1], INDEX)
     for b in range(count):
-        basis = tl.load(table[3] + at + b * table[5][dims], mask=mask, other=0.0).to(COMPUTE)
+        basis = tl.load(table[3][0] + at + b * table[3][1][dims], mask=mask, other=0.0).to(COMPUTE)
         along = tl.zeros_like(g[0])
         for a in tl.static_range(dims):
             _add(table[1] + a * count + b, g[a] * basis)
             along += g[a] * tl.load(table[0] + a * count + b).to(COMPUTE)
-        if table[4] is not None:
-            tl.atomic_add(table[4] + offset(p, table[6], INDEX) + b * table[6][dims], along, mask=mask, sem="relaxed")
+        if len(table[4]) > 0:
+            tl.atomic_add(
+                table[4][0] + offset(p, table[4][1], INDEX) + b * table[4][1][dims], along, mask=mask, sem="relaxed"
+            )
     return g
 
 
@@ -369,10 +371,10 @@ def field(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: t
     first, fraction, _inner = _field_cells(table, v, ALIGN_CORNERS, COMPUTE)
     for corner in tl.static_range(2**dims):
         index, weight, _slopes = _field_corner(table, first, fraction, corner)
-        at = table[3] + offset(index, table[5], INDEX)
+        at = table[3][0] + offset(index, table[3][1], INDEX)
         new = ()
         for a in tl.static_range(dims):
-            value = tl.load(at + a * table[5][dims], mask=mask, other=0.0).to(COMPUTE)
+            value = tl.load(at + a * table[3][1][dims], mask=mask, other=0.0).to(COMPUTE)
             new = new + (result[a] + weight * value,)
         result = new
     return result
@@ -390,20 +392,20 @@ def field_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COM
         index, weight, slopes = _field_corner(table, first, fraction, corner)
         along = tl.zeros_like(g[0])
         for a in tl.static_range(dims):
-            if table[4] is not None:
+            if len(table[4]) > 0:
                 tl.atomic_add(
-                    table[4] + offset(index, table[6], INDEX) + a * table[6][dims],
+                    table[4][0] + offset(index, table[4][1], INDEX) + a * table[4][1][dims],
                     weight * g[a],
                     mask=mask,
                     sem="relaxed",
                 )
             if NEED_POINT:
-                at = table[3] + offset(index, table[5], INDEX) + a * table[5][dims]
+                at = table[3][0] + offset(index, table[3][1], INDEX) + a * table[3][1][dims]
                 along += g[a] * tl.load(at, mask=mask, other=0.0).to(COMPUTE)
         if NEED_POINT:
             new = ()
             for a in tl.static_range(dims):
-                per_unit = pixels_per_unit(table[7][a], ALIGN_CORNERS, COMPUTE)
+                per_unit = pixels_per_unit(table[3][2][a], ALIGN_CORNERS, COMPUTE)
                 new = new + (grad_v[a] + tl.where(inner[a], along * slopes[a] * per_unit, 0.0),)
             grad_v = new
     return grad_v
@@ -461,7 +463,7 @@ def _field_cells(table, v, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
     fraction = ()
     inner = ()
     for a in tl.static_range(len(v)):
-        size = table[7][a]
+        size = table[3][2][a]
         last = tl.cast(size - 1, COMPUTE)
         x = v[a] * pixels_per_unit(size, ALIGN_CORNERS, COMPUTE) + middle(size, COMPUTE)
         inner = inner + ((x > 0) & (x < last),)
@@ -482,7 +484,7 @@ def _field_corner(table, first, fraction, corner: tl.constexpr):
             index = index + (first[a],)
             weights = weights + (1 - fraction[a],)
         else:
-            last = tl.zeros_like(first[a]) + (table[7][a] - 1)
+            last = tl.zeros_like(first[a]) + (table[3][2][a] - 1)
             index = index + (tl.minimum(first[a] + 1, last),)
             weights = weights + (fraction[a],)
     weight = weights[0]

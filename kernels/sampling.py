@@ -113,14 +113,16 @@ def power(n, EXPONENT: tl.constexpr):
 @triton.jit
 def map_chain(chain, numbers, n, k):
     """A chain as a launch passes it → the same for map k of image n, with its numbers."""
-    if chain is None:
-        return None
+    if len(chain) == 0:
+        return chain
     else:
-        sizes, field, grad_field, strides, grad_strides, size, batch = chain
-        if field is not None:
-            field = image_start(field, n, batch, strides) + k * strides[1]
-            strides = strides[2:]
-        if grad_field is not None:
-            grad_field = image_start(grad_field, n, batch, grad_strides) + k * grad_strides[1]
-            grad_strides = grad_strides[2:]
-        return sizes, field, grad_field, strides, grad_strides, size, numbers
+        field = ()
+        grad_field = ()
+        if len(chain[1]) > 0:
+            ptr, strides, size, batch = chain[1]
+            field = (image_start(ptr, n, batch, strides) + k * strides[1], strides[2:], size)
+            if len(chain[2]) > 0:
+                grad_ptr, grad_strides = chain[2]
+                start = image_start(grad_ptr, n, batch, grad_strides) + k * grad_strides[1]
+                grad_field = (start, grad_strides[2:])
+        return chain[0], field, grad_field, numbers

@@ -6,6 +6,9 @@ gradient of the transform's coefficients to one partial sum. It serves what the 
     FOLDED_ONLY  samples that a padding mode folds back into the image, before the walk
     otherwise    maps that no walk serves; and the transform's gradient alone, a pure reduction with NEED_INPUT off
 
+With fill, what weighs outside the image has the value fill[c]. That changes the transform's gradient alone:
+there the image counts as input - fill, and the fill's part of it is that of the sample's coverage.
+
 With SUPERSAMPLE other than 1, a program takes one sample of all its pixels after the other.
 
 With TANGENT, instead, what both gradients change by where the parameters move by
@@ -20,8 +23,8 @@ import triton
 import triton.language as tl
 
 from . import launch, tuples
-from .coordinates import block_offset, centred, image_start, lanes, load_block, tile_count, tile_index
-from .interpolation import corner, loops, product, product_jvp, product_vjp, product_vjp_jvp, taps_along
+from .coordinates import block_offset, centred, image_start, lanes, load_block, load_fill, tile_count, tile_index
+from .interpolation import corner, coverage, loops, product, product_jvp, product_vjp, product_vjp_jvp, taps_along
 from .padding import pass_padding, strictly_inside
 from .sampling import look, map_chain, power, sample_place, samples_per_axis, uncentred
 
@@ -34,6 +37,7 @@ def scatter_kernel(
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     grad_input_strides, gradients_strides, gradients_stride_slot, slots, grad_output_strides,
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
+    fill_ptr,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, SHRINK: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     TRANSFORM_VJP_JVP: tl.constexpr,
@@ -101,6 +105,7 @@ def scatter_kernel(
 
         grad_x = tuples.zeros(len(BLOCK), (lanes(BLOCK),), COMPUTE)
         held_grad_x = grad_x  # of the samples where they are, for a map that bends
+        fill_dot = tl.zeros((lanes(BLOCK),), COMPUTE)
         # Most tiles hold no folded sample at all.
         for first in range(start, tl.where(tl.max(wanted.to(tl.int32)) > 0, stop, start), UNROLL * BLOCK_C):
             for block in tl.static_range(UNROLL):
@@ -113,6 +118,8 @@ def scatter_kernel(
                     grad_output *= share[:, None]
                 elif SUPERSAMPLE != 1:
                     grad_output *= share
+                if NEED_PARAMETERS and fill_ptr is not None:
+                    fill_dot += tl.sum(load_fill(fill_ptr, c, channels, COMPUTE) * grad_output, axis=1)
                 for plane in range(1 if len(BLOCK) == AXES else TAPS):
                     last_taps = taps_along(
                         x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
@@ -157,6 +164,14 @@ def scatter_kernel(
                                 grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
 
         if NEED_PARAMETERS:
+            if fill_ptr is not None:
+                weights, slopes, curvatures = coverage(x, input_size, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ORDER)
+                if TANGENT:
+                    grad_x = tuples.add(grad_x, product_vjp_jvp(weights, slopes, curvatures, t, -fill_dot))
+                    if TRANSFORM_VJP_JVP is not None:
+                        held_grad_x = tuples.add(held_grad_x, product_vjp(weights, slopes, -fill_dot))
+                else:
+                    grad_x = tuples.add(grad_x, product_vjp(weights, slopes, -fill_dot))
             grad_x = pass_padding(grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
             change = TRANSFORM_VJP(coefficients, u, grad_x)
             if TANGENT and TRANSFORM_VJP_JVP is not None:

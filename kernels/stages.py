@@ -150,14 +150,14 @@ def is_chain(kind: str) -> bool:
 
 
 def chain(kind: str, auxiliary: Any, grad_auxiliary: Any, dims: int) -> Any:
-    """A kind's links as the kernels take them, and what they read, described in `chain`; None for a map that
+    """A kind's links as the kernels take them, and what they read, described in `chain`; empty for a map that
     is no chain.
 
     A kind is its links' names, joined by "+", each with its sizes, x first: "affine+free_form[8,6]". The numbers of
     one map lie in this order.
     """
     if not is_chain(kind):
-        return None, None
+        return (), ()
     links, sizes, start = (), (), 0
     for name, numbers in re.findall(r"(\w+)(?:\[([\d,]*)\])?", kind):
         link, size = LINKS[name], tuple(int(n) for n in numbers.split(",") if n)
@@ -165,10 +165,13 @@ def chain(kind: str, auxiliary: Any, grad_auxiliary: Any, dims: int) -> Any:
         links += ((link.map, link.map_vjp, tl.constexpr(0 if link.table else count)),)
         sizes += ((start, *size),)
         start += count
-    field = None if auxiliary is None else launch.parameter_strides(auxiliary)
-    grad = None if grad_auxiliary is None else launch.parameter_strides(grad_auxiliary)
-    size, batch = (None, None) if auxiliary is None else (tuple(reversed(auxiliary.shape[2:-1])), auxiliary.shape[0])
-    return links, (sizes, auxiliary, grad_auxiliary, field, grad, size, batch)
+    field, grad_field = (), ()
+    if auxiliary is not None:
+        size = tuple(reversed(auxiliary.shape[2:-1]))
+        field = (auxiliary, launch.shared_strides(auxiliary), size, auxiliary.shape[0])
+    if grad_auxiliary is not None:
+        grad_field = (grad_auxiliary, launch.shared_strides(grad_auxiliary))
+    return links, (sizes, field, grad_field)
 
 
 def gather(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:

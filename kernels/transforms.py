@@ -369,19 +369,9 @@ def grid_load_vjp(
     for axis in tl.static_range(len(p)):
         scaled = scaled + (gradients[axis] * pixels_per_unit(input_size[axis], ALIGN_CORNERS, COMPUTE),)
     pixel_displacement_load_vjp(
-        gradients_ptr,
-        scaled,
-        strides,
-        parameters_ptr,
-        chain,
-        p,
-        mask,
-        input_size,
-        output_size,
-        ALIGN_CORNERS,
-        COMPUTE,
-        INDEX,
-    )
+        gradients_ptr, scaled, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
+        ALIGN_CORNERS, COMPUTE, INDEX,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -22,6 +22,8 @@ parameters_tangent and, with INPUT_TANGENT, the input by input_tangent: a second
 With SUPERSAMPLE other than 1, the walk visits the pixels of a finer output, which are the samples; each takes
 its share of the gradient of the pixel that it is in.
 
+With fill, what weighs outside the image has the value fill[c]: the transform's gradient reads input - fill.
+
 Under a padding mode that folds, the walk takes the samples strictly inside the image; the others
 have been scattered into grad_input before, and the walk starts from what lies there.
 """
@@ -38,6 +40,7 @@ from .coordinates import (
     image_start,
     lanes,
     load_block,
+    load_fill,
     tile_count,
     tile_index,
 )
@@ -53,6 +56,7 @@ def walk_kernel(
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     grad_input_strides, gradients_strides, gradients_stride_slot, grad_output_strides,
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
+    fill_ptr,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, SHRINK: tl.constexpr, REFINE: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -122,6 +126,8 @@ def walk_kernel(
                 values = _load_channels(
                     input_ptr, pixel, input_strides, pixel_mask, channels, BLOCK_C, UNROLL, INDEX, COMPUTE
                 )
+                if fill_ptr is not None:
+                    values = _subtract_fill(values, fill_ptr, channels, COMPUTE)
             if NEED_PARAMETERS and INPUT_TANGENT:
                 value_tangents = _load_channels(
                     input_tangent_ptr, pixel, input_tangent_strides, pixel_mask, channels,
@@ -216,6 +222,15 @@ def _load_channels(
         in_block = mask[:, None] & (c < channels)[None, :]
         blocks = blocks + (load_block(ptr, pixel, c, strides, in_block, INDEX, COMPUTE),)
     return blocks
+
+
+@triton.jit
+def _subtract_fill(blocks, fill_ptr, channels, COMPUTE: tl.constexpr):
+    result = ()
+    for block in tl.static_range(len(blocks)):
+        c = _channels(block, blocks[0].shape[1], len(blocks))
+        result = result + (blocks[block] - load_fill(fill_ptr, c, channels, COMPUTE),)
+    return result
 
 
 @triton.jit

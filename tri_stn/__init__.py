@@ -1,5 +1,7 @@
 """Spatial transformer sampling for PyTorch, fused in Triton: no grid is ever stored."""
 
+from .diffeomorphic import Velocity
+from .extend import register_transform
 from .functional import grid_sample, splat, warp
 from .fuse import fuse
 from .lazy import affine_grid
@@ -43,6 +45,7 @@ __all__ = [
     "Projective",
     "Similarity",
     "ThinPlateSpline",
+    "Velocity",
     "affine_grid",
     "boxes",
     "compose",
@@ -51,6 +54,7 @@ __all__ = [
     "fuse",
     "grid_sample",
     "invert",
+    "register_transform",
     "rotation",
     "scaling",
     "shear",

@@ -47,6 +47,18 @@ def warp_largest(input: Tensor, parameters: Tensor, size: Sequence[int], *option
     return _warp_largest(input, parameters, size, *options)
 
 
+def warp_with_mask(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`warp`, and (M * K, 1, *size): the share of each output pixel's weight that lies inside the image."""
+    if torch.compiler.is_exporting():
+        return torch.ops.tri_stn.warp_with_mask(input, parameters, auxiliary, fill, size, project, *options)
+    if torch.compiler.is_compiling():
+        from . import graph  # noqa: F401
+    return _warp_with_mask(input, parameters, auxiliary, fill, size, project, *options)
+
+
 def splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
     """The adjoint of `warp` in its input: (M * K, C, *input_size) added up to (M, C, *size)."""
     if torch.compiler.is_exporting():
@@ -60,9 +72,24 @@ def _warp(
     input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
     size: Sequence[int], project: str, *options: Any,
 ) -> Tensor:  # fmt: skip
+    return _apply(_Warp, *_prepared(input, parameters, auxiliary, fill, size, project, options))
+
+
+def _warp_with_mask(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _apply(_WarpWithMask, *_prepared(input, parameters, auxiliary, fill, size, project, options))
+
+
+def _prepared(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, options: tuple,
+) -> tuple:  # fmt: skip
+    """The same arguments; a chain as a grid where its own derivatives would not do."""
     if _is_chain(options) and (ops.is_deterministic() or torch._C._are_functorch_transforms_active()):
         parameters, auxiliary, options = _as_grid(parameters, auxiliary, size, input.shape[2:], input.dtype, options)
-    return _apply(_Warp, input, parameters, auxiliary, fill, size, project, options)
+    return input, parameters, auxiliary, fill, size, project, options
 
 
 def _warp_largest(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
@@ -76,7 +103,7 @@ def _warp_largest(input: Tensor, parameters: Tensor, size: Sequence[int], *optio
     y, x = (torch.arange(n, device=input.device, dtype=dtype) - (n - 1) / 2 for n in size[1:])
     z = indices.to(dtype).unflatten(0, (-1, parameters.shape[1])).flatten(3) - (depth - 1) / 2  # (M, K, C, P)
     u = [x.repeat(size[1]), y.repeat_interleave(size[2]), z]
-    places = transform.map(coefficients, reference._Pixels(0, z.shape[-1], [], u, *reversed(sizes), align_corners))
+    places = transform.map(coefficients, reference._Pixels(0, z.shape[-1], [], u, sizes[1], sizes[0], align_corners))
     edge = 0.0 if align_corners else 0.5
     units = [points.pixels_per_unit(n, align_corners) or 1.0 for n in sizes[0]]
     grid = torch.stack([(place + edge) / unit - 1 for place, unit in zip(places, units, strict=True)], -1)
@@ -101,6 +128,7 @@ def _splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequen
 
 
 ops.library.impl("warp", _warp, "Autograd")
+ops.library.impl("warp_with_mask", _warp_with_mask, "Autograd")
 ops.library.impl("splat", _splat, "Autograd")
 
 
@@ -175,9 +203,12 @@ class _Warp(torch.autograd.Function):
         ctx.save_for_backward(kept, parameters, auxiliary, fill)
         ctx.save_for_forward(input, parameters, auxiliary, fill)
         ctx.layout = input.shape[2:], ops.is_channels_last(input)
+        ctx.set_materialize_grads(False)  # a tangent that is there but zero would cost a pass
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+    def backward(ctx: Any, grad_output: _Optional) -> tuple:
+        if grad_output is None:
+            return (None,) * 7
         needs = ctx.needs_input_grad[:3]
         again = _is_chain(ctx.options) and torch.is_grad_enabled() and not points.is_linear(ctx.options[0])
         backward: Callable[..., Any] = _backward_through_grid if again else functools.partial(_apply, _Backward)
@@ -187,8 +218,11 @@ class _Warp(torch.autograd.Function):
 
     @staticmethod
     def jvp(
-        ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, auxiliary_tangent: _Optional, *_: Any
-    ) -> Tensor:
+        ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional,
+        auxiliary_tangent: _Optional, fill_tangent: _Optional, *_: Any,
+    ) -> Any:  # fmt: skip
+        if fill_tangent is not None:
+            raise ValueError(FILL_IS_CONSTANT)
         input, parameters, auxiliary, fill = ctx.saved_tensors
         options = ctx.options
         if _is_chain(options) and not points.is_linear(options[0]):
@@ -206,6 +240,7 @@ class _Warp(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
+        _check_shared(in_dims[3])
         return _vmap(_Warp, info, in_dims, *args, per=(1, 1, 0, 0))
 
 
@@ -239,6 +274,36 @@ class _Argmax(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
         return _vmap(_Argmax, info, in_dims, *args, per=(1, 1))
+
+
+class _WarpWithMask(_Warp):
+    """F(x, θ), and the share of its weights that lies inside the image, which counts as a constant."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+        size: Sequence[int], project: str, options: Options,
+    ) -> Any:  # fmt: skip
+        tensors = input, parameters, auxiliary, fill, None, None
+        return torch.ops.tri_stn.warp_forward(*tensors, size, project, True, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        _Warp.setup_context(ctx, inputs, output[0])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: _Optional, *_: Any) -> tuple:
+        return _Warp.backward(ctx, grad_output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        return _Warp.jvp(ctx, *tangents), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
+        _check_shared(in_dims[3])
+        return _vmap(_WarpWithMask, info, in_dims, *args, per=(1, 1, 0, 0))
 
 
 def _torch_jvp(
@@ -442,6 +507,17 @@ def _backward_change(
         moved = grad_output, input_tangent, parameters, None, None
         return _wanted(_apply(_Backward, *moved, layout, (*needs, False), options)[:2], needs)
     return [None, None]
+
+
+FILL_IS_CONSTANT = "warp takes no derivative with respect to fill. Detach it, for example with fill.detach()."
+
+
+def _check_shared(fill_dim: int | None) -> None:
+    if fill_dim is not None:
+        raise ValueError(
+            "torch.vmap cannot map over fill, which is one value per channel for all images. Take fill from outside "
+            "of the mapped function, or warp ones for a mask and fill afterwards."
+        )
 
 
 def _maps(parameters: Tensor, dim: int | None) -> int:

@@ -2,8 +2,8 @@
 
 - ``tri_stn::warp_forward`` and ``tri_stn::warp_backward`` do the work; they have no gradient of
   their own. `autograd` puts the derivatives around them.
-- ``tri_stn::warp`` and ``tri_stn::splat`` are what `torch.compile` and `torch.export` see: one node of a
-  graph, with the derivatives that `autograd` registers.
+- ``tri_stn::warp``, ``tri_stn::warp_with_mask`` and ``tri_stn::splat`` are what `torch.compile` and
+  `torch.export` see: one node of a graph, with the derivatives that `autograd` registers.
 
 A transform crosses this border as its kind (a string) and one tensor of parameters (M, K, …): K
 maps for each of the M images. Shapes: input (M, C, *input_size), output (M * K, C, *size). A tensor
@@ -47,6 +47,7 @@ library.define(
 )
 library.define(f"warp(Tensor input, {_MAP}, SymInt[] size, str project, {_OPTIONS}) -> Tensor")
 library.define(f"warp_argmax(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
+library.define(f"warp_with_mask(Tensor input, {_MAP}, SymInt[] size, str project, {_OPTIONS}) -> (Tensor, Tensor)")
 library.define(f"splat(Tensor input, Tensor parameters, Tensor? auxiliary, SymInt[] size, {_OPTIONS}) -> Tensor")
 
 
@@ -77,7 +78,12 @@ def _warp_forward(
     output, mask = _allocate_output(*tensors, size, project, return_mask)
     if output.numel():
         with torch.cuda.device_of(input):  # where Triton launches; for CPU tensors it does nothing
-            _backend(input).gather(output, *tensors, **_named(options), **_projection(project, size))
+            _backend(input).gather(
+                output, *tensors, mask=mask if return_mask else None, **_named(options), **_projection(project, size)
+            )
+    elif mask.numel():  # no channels, and a mask all the same
+        tensors = (input.new_ones(len(input), 1, *input.shape[2:]), parameters, auxiliary, None, None, None)
+        _, mask = _warp_forward(*tensors, size, project, return_mask, *options)
     return output, mask
 
 
@@ -158,6 +164,21 @@ def _warp_fake(
     return _allocate_output(input, parameters, auxiliary, fill, None, None, size, project, False)[0]
 
 
+def _warp_with_mask(
+    input: Tensor, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
+    size: Sequence[int], project: str, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tensors = input, parameters, auxiliary, fill, None, None
+    return torch.ops.tri_stn.warp_forward(*tensors, size, project, True, *options)
+
+
+def _warp_with_mask_fake(
+    input: Tensor, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
+    size: Sequence[int], project: str, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _allocate_output(input, parameters, auxiliary, fill, None, None, size, project, True)
+
+
 def _splat(input: Tensor, parameters: Tensor, auxiliary: Tensor | None, size: Sequence[int], *options: Any) -> Tensor:
     tensors, flags = (input, None, parameters, auxiliary, None, None, None), (True, False, False)
     return torch.ops.tri_stn.warp_backward(*tensors, size, is_channels_last(input), *flags, *options)[0]
@@ -173,6 +194,7 @@ for _name, _implementation, _fake in (
     ("warp_backward", _warp_backward, _allocate_gradients),
     ("warp", _warp, _warp_fake),
     ("warp_argmax", _warp_argmax, _allocate_indices),
+    ("warp_with_mask", _warp_with_mask, _warp_with_mask_fake),
     ("splat", _splat, _splat_fake),
 ):
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -197,9 +219,9 @@ def is_deterministic() -> bool:
 def _backend(image: Tensor) -> ModuleType:
     """Where a tensor's work is done: the kernels, or the reference on the CPU."""
     if image.device.type == "cpu":
-        return _kernels() if os.environ.get("TRITON_INTERPRET") == "1" else reference
+        return kernels() if os.environ.get("TRITON_INTERPRET") == "1" else reference
     if image.device.type == "cuda":
-        return _kernels()
+        return kernels()
     raise NotImplementedError(
         f"tri_stn runs on CUDA and ROCm devices and on the CPU; got a tensor on {image.device}. "
         "Move it with .cuda() or .cpu()."
@@ -207,10 +229,10 @@ def _backend(image: Tensor) -> ModuleType:
 
 
 @functools.cache
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
     """The kernels, imported on first use: CPU users need no Triton."""
     try:
-        from . import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
+        from . import kernels as package  # type: ignore[attr-defined]  # mapped there by setuptools
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] != "triton":
             raise
@@ -218,4 +240,4 @@ def _kernels() -> ModuleType:
             "tri_stn's GPU kernels need Triton, which is not installed: pip install triton. (CPU tensors need none.)",
             name="triton",
         ) from error
-    return kernels
+    return package

@@ -249,7 +249,7 @@ def chain_vjp(kind: str, grad: Tensor, numbers: Tensor, pixels: _Pixels, grad_x:
     """By autograd, which follows the links one by one."""
     leaves = [numbers.detach().requires_grad_()]
     if pixels.auxiliary is not None and pixels.grad_auxiliary is not None:
-        leaves.append(pixels.auxiliary.detach().requires_grad_())
+        leaves.append(pixels.auxiliary.detach().to(numbers.dtype).requires_grad_())  # sums in 16 bits lose
         pixels = replace(pixels, auxiliary=leaves[1])
     with torch.enable_grad():
         x = chain(kind, leaves[0], pixels)
@@ -371,25 +371,28 @@ INTERPOLATIONS = {
 def gather(
     output: Tensor, input: Tensor, parameters: Tensor, auxiliary: Tensor | None = None, fill: Tensor | None = None,
     input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
-    *, project: str = "", depth: int = 1, **options: Any,
+    *, mask: Tensor | None = None, project: str = "", depth: int = 1, **options: Any,
 ) -> None:  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
 
     With parameters_tangent and, if wanted, input_tangent: fill it with what it changes by.
-    A tensor whose batch is a divisor of M serves over and over. With `project`, "sum", "mean" or "argmax",
-    the output lacks the first of its size, `depth`; "argmax" fills it with int32. Options: `_Sampling`'s.
+    A tensor whose batch is a divisor of M serves over and over. `fill` (C,) is what lies outside under
+    zeros padding; `mask` (M * K, 1, *size) is filled with the share of each output pixel's weight that lies
+    inside. With `project`, "sum", "mean" or "argmax", the output lacks the first of its size, `depth`; "argmax" fills
+    it with int32. Options: `_Sampling`'s.
     """
     size = (*([depth] if project else []), *output.shape[2:])
     maps, sampling = parameters.shape[1], _Sampling(**options)
     together = (
         (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (output, maps), (auxiliary, 1),
+        (mask, maps),
     )  # fmt: skip
-    for input, parameters, input_tangent, parameters_tangent, output, auxiliary in _same_batch(*together):
+    for input, parameters, input_tangent, parameters_tangent, output, auxiliary, mask in _same_batch(*together):
         shape = torch.Size((*output.shape[:2], *size))
         motion = parameters, parameters_tangent
         for chunk in sampling.chunks(shape, input, *motion, 0, auxiliary, layers=depth if project else 1):
             if chunk.begins:
-                result = largest = torch.zeros((), dtype=chunk.dtype)
+                result = largest = covered = missing = torch.zeros((), dtype=chunk.dtype)
             total = torch.zeros((), dtype=chunk.dtype)
             for corner in chunk.corners():
                 weight = corner.weight() if chunk.t is None else corner.weight_jvp()
@@ -398,14 +401,28 @@ def gather(
                 if input_tangent is not None:
                     value = _read(input_tangent, corner).to(chunk.dtype)
                     total = total + corner.weight()[:, None] * torch.where(corner.inside[:, None], value, 0)
+            if fill is not None:
+                coverage = chunk.covered()
+                outside = (1 - coverage.weight() if chunk.t is None else -coverage.weight_jvp())[:, None]
+                # Selected, as a fill that is not finite must not reach the pixels inside.
+                total = total + torch.where(outside != 0, outside * fill.to(chunk.dtype)[:, None, None], 0)
+            if mask is not None:
+                inside, share = chunk.covered().weight(), 1 if chunk.share is None else chunk.share
+                covered, missing = covered + share * inside, missing + share * (1 - inside)
             if project == "argmax":
                 better = (total > largest) | torch.tensor(chunk.begins)
                 largest, result = torch.where(better, total, largest), torch.where(better, chunk.layer, result)
+            elif chunk.share is not None:
+                result = result + torch.where(chunk.share[:, None] > 0, chunk.share[:, None] * total, 0)
             else:
-                result = result + (total if chunk.share is None else chunk.share[:, None] * total)
+                result = result + total
             if chunk.ends:
+                part = slice(chunk.pixels.start, chunk.pixels.stop)
                 result = (result / depth if project == "mean" else result).transpose(1, 2).flatten(0, 1)
-                output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = result.to(output.dtype)
+                output.flatten(2)[:, :, part] = result.to(output.dtype)
+                if mask is not None:
+                    covered = torch.where(missing == 0, 1, covered)  # whatever the shares add up to
+                    mask.flatten(2)[:, :, part] = covered.flatten(0, 1)[:, None].to(mask.dtype)
 
 
 def adjoint(
@@ -418,6 +435,7 @@ def adjoint(
     """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both.
 
     With parameters_tangent and, if wanted, input_tangent: fill them with what they change by.
+    `fill` (C,) is what lies outside under zeros padding.
     Always deterministic: on the CPU one thread adds what falls on one image.
     """
     maps, sampling = parameters.shape[1], _Sampling(**options)
@@ -428,13 +446,13 @@ def adjoint(
         (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (auxiliary, 1), (grad_field, 1),
     )  # fmt: skip
     for tensors in _same_batch(*together):
-        _adjoint(sampling, *tensors)
+        _adjoint(sampling, fill, *tensors)
     if grad_auxiliary is not None and grad_field is not None:
         grad_auxiliary.copy_(grad_field)
 
 
 def _adjoint(
-    sampling: _Sampling,
+    sampling: _Sampling, fill: Tensor | None,
     grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
     parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
     auxiliary: Tensor | None, grad_auxiliary: Tensor | None,
@@ -472,6 +490,14 @@ def _adjoint(
                 dot = (_read(input_tangent, corner).to(compute) * grad).sum(1)
                 for axis in range(len(chunk.x)):
                     grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
+        if needs_map and input is not None and fill is not None:
+            corner = chunk.covered()  # a change of coverage trades the image for the fill
+            dot = -(fill.to(compute)[:, None, None] * grad).sum(1)
+            for axis in range(len(chunk.x)):
+                slope = corner.slope(axis) if chunk.t is None else corner.slope_jvp(axis)
+                grad_x[axis] += slope * dot
+                if chunk.tangents is not None and transform.map_vjp_jvp is not None:
+                    held_grad_x[axis] += corner.slope(axis) * dot
         if needs_map:
             grad_x = [g * s for g, s in zip(grad_x, chunk.padding_slopes, strict=True)]
             transform.map_vjp(grad_coefficients, chunk.coefficients, chunk.pixels, grad_x)
@@ -547,6 +573,8 @@ class _Chunk:
     pixels: _Pixels
     coefficients: Tensor
     tangents: Tensor | None
+    looks: list[Tensor]
+    """Where the transform looks, before padding."""
     x: list[Tensor]
     t: list[Tensor] | None
     """Tangents of x, where the parameters have one."""
@@ -587,6 +615,26 @@ class _Chunk:
             if self.share is not None:
                 inside = inside & (self.share > 0)
             yield _Corner(weights, slopes, curvatures, self.t or [], pixel, inside)
+
+    def covered(self) -> _Corner:
+        """The share of each sample's weight that lies inside the image, before padding, as a corner whose
+        weights are those of all pixels: exactly 1, without slope, where all taps are inside.
+        """
+        interpolation, columns, insides = self.interpolation, [], []
+        for x, n in zip(self.looks, self.pixels.input_size, strict=True):
+            if interpolation.taps <= 2:
+                x, _ = zeros(x, n, False)
+            first = interpolation.first(x)
+            taps = [first + tap for tap in range(interpolation.taps)]
+            inside = torch.stack([(q >= 0) & (q <= n - 1) for q in taps])
+            whole, sums = inside.all(0), []
+            for f, all_of_them in ((interpolation.weight, 1), (interpolation.slope, 0), (interpolation.curvature, 0)):
+                total = torch.where(inside, torch.stack([f(x, q) for q in taps]), 0).sum(0)
+                sums.append(torch.where(whole, all_of_them, total))
+            columns.append(sums)
+            insides.append(inside.any(0))
+        weights, slopes, curvatures = (list(column) for column in zip(*columns, strict=True))
+        return _Corner(weights, slopes, curvatures, self.t or [], [], math.prod(insides[1:], start=insides[0]))
 
 
 @dataclass(frozen=True)
@@ -639,29 +687,29 @@ class _Sampling:
                 if layers > 1:
                     index = [*index[:-1], torch.full_like(index[-1], layer)]
                 u = [along.to(dtype) - (n - 1) / 2 for along, n in zip(index, size, strict=True)]
-                pixels = _Pixels(start, stop, index, u, size, input_size, self.align_corners, auxiliary, grad_auxiliary)
-                samples = list(self._samples(coefficients, pixels))
-                for i, (pixels, share) in enumerate(samples):
+                whole = _Pixels(start, stop, index, u, size, input_size, self.align_corners, auxiliary, grad_auxiliary)
+                for pixels, share, first, last in self._samples(coefficients, whole):
                     x = transform.map(coefficients, pixels)
                     t = None if tangents is None else transform.map_jvp(coefficients, tangents, pixels)
                     if interpolation.taps <= 2:  # padding moves the sample, but for cubic the taps: as torch does
                         padded = [pad(a, n) for a, n in zip(x, input_size, strict=True)]
-                        x, slopes = [a for a, _ in padded], [s for _, s in padded]
+                        looks, x, slopes = x, [a for a, _ in padded], [s for _, s in padded]
                         t = None if t is None else [a * s for a, s in zip(t, slopes, strict=True)]
                     else:
                         x = [a.nan_to_num(nan=-(2.0**24)).clamp(8 - 2.0**24, 2.0**24 - 8) for a in x]  # exact integers
+                        looks = x
                         slopes = [torch.ones_like(a) for a in x]
                     yield _Chunk(
-                        pixels, coefficients, tangents, x, t, slopes,
+                        pixels, coefficients, tangents, looks, x, t, slopes,
                         (lambda q, n: q) if interpolation.taps <= 2 else (lambda q, n: pad(q, n)[0]),
                         interpolation, order, share, layer,
-                        begins=layer == i == 0, ends=layer == layers - 1 and i == len(samples) - 1,
+                        begins=first and layer == 0, ends=last and layer == layers - 1,
                     )  # fmt: skip
 
-    def _samples(self, coefficients: Tensor, pixels: _Pixels) -> Iterator[tuple[_Pixels, Tensor | None]]:
-        """The samples that make each output pixel: where they lie, and how much each counts."""
+    def _samples(self, coefficients: Tensor, pixels: _Pixels) -> Iterator[tuple[_Pixels, Tensor | None, bool, bool]]:
+        """The samples that make each output pixel: where they lie, how much each counts, if the first, if the last."""
         if self.supersample == 1:
-            yield pixels, None
+            yield pixels, None, True, True
             return
         dims, like = len(pixels.u), pixels.u[0]
         per_axis = torch.full((1, 1, 1), self.supersample, device=like.device)
@@ -669,8 +717,10 @@ class _Sampling:
             shrink = self.transform.shrink
             per_axis = self._shrink(coefficients, pixels) if shrink is None else shrink(coefficients)
         counts = per_axis**dims
-        for sample in range(int(counts.max()) if counts.numel() else 0):
-            u, rest = [], sample
+        most = int(counts.max()) if counts.numel() else 0
+        for sample in range(most):
+            u: list[Tensor] = []
+            rest: Any = sample
             for along, n in zip(pixels.index, pixels.size, strict=True):
                 fine = along * per_axis + rest % per_axis
                 u.append(
@@ -678,7 +728,7 @@ class _Sampling:
                 )
                 rest = rest // per_axis
             share = torch.where(sample < counts, 1 / counts.to(like.dtype), 0)
-            yield replace(pixels, u=u), share
+            yield replace(pixels, u=u), share, sample == 0, sample == most - 1
 
     def _shrink(self, coefficients: Tensor, pixels: _Pixels) -> Tensor:
         """Samples along each axis for each output pixel, (M, K, P), from what the map does across it."""

@@ -9,7 +9,9 @@ point of the output to the point of the input that is read there. Coordinates ar
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.utils.weak
@@ -17,6 +19,20 @@ from torch import Tensor
 
 from . import matrices
 from .checks import check_floating
+
+
+def once(compute: Callable[[Any], Tensor]) -> Any:
+    """A property that is computed at its first use; functools' own takes a lock, which torch.compile refuses."""
+    name = f"_{compute.__name__}"
+
+    def get(self: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compute(self)
+        if name not in self.__dict__:
+            self.__dict__[name] = compute(self)
+        return self.__dict__[name]
+
+    return property(get, doc=compute.__doc__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +79,22 @@ class Transform:
         """The output's spatial size, where the transform fixes it."""
         return None
 
+    @property
+    def align_corners(self) -> bool | None:
+        """The ``align_corners`` that the parameters were made for, and `warp` must be given; None for either."""
+        return None
+
+    def inverse(self) -> Transform:
+        """The map from points of the input to points of the output.
+
+        Raises:
+            NotImplementedError: this transform has none.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no inverse(). Affine, Attention, Similarity and Projective have one in closed "
+            "form, Velocity by its own, Displacement by iteration, and Compose those of its parts."
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Affine(Transform):
@@ -105,6 +137,10 @@ class Affine(Transform):
     def dims(self) -> int:
         return self.theta.shape[-2]
 
+    def inverse(self) -> Affine:
+        """The inverse map, as of `invert`: of a singular theta, infinities and NaN, without an error."""
+        return Affine(matrices.invert(self.theta))
+
 
 class _AffineFamily(Transform):
     """Affine maps with fewer parameters. Their matrix is a few numbers, made by torch with its gradient."""
@@ -124,7 +160,7 @@ class _AffineFamily(Transform):
     def kind(self) -> str:
         return "affine"
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         linear = self._linear
         return torch.cat([linear, self.translation.unsqueeze(-1).to(linear.dtype)], -1)
@@ -173,8 +209,16 @@ class Attention(_AffineFamily):
 
     @property
     def _linear(self) -> Tensor:
-        scale = self.scale if self.scale.shape == self.translation.shape else self.scale.unsqueeze(-1)
-        return scale.expand(self.translation.shape).diag_embed()
+        return self._per_axis(self.scale).expand(self.translation.shape).diag_embed()
+
+    def _per_axis(self, scale: Tensor) -> Tensor:
+        return scale if scale.shape == self.translation.shape else scale.unsqueeze(-1)
+
+    def inverse(self) -> Attention:
+        """The window that undoes this one, in the same shapes and dtypes; infinite where the scale is 0."""
+        scale = 1 / _wide(self.scale)
+        translation = -self._per_axis(scale) * _wide(self.translation)
+        return Attention(scale.to(self.scale.dtype), translation.to(self.translation.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +256,14 @@ class Similarity(_AffineFamily):
     def _linear(self) -> Tensor:
         cos, sin = self.scale * self.angle.cos(), self.scale * self.angle.sin()
         return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+
+    def inverse(self) -> Similarity:
+        """The similarity that undoes this one, in the same shapes and dtypes; infinite where the scale is 0."""
+        scale, angle = 1 / _wide(self.scale), _wide(self.angle)
+        cos, sin = scale * angle.cos(), scale * angle.sin()
+        x, y = _wide(self.translation).unbind(-1)
+        translation = -torch.stack([cos * x + sin * y, cos * y - sin * x], -1)
+        return Similarity(scale.to(self.scale.dtype), -self.angle, translation.to(self.translation.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +309,14 @@ class Projective(Transform):
     def dims(self) -> int:
         return self.matrix.shape[-1] - 1
 
+    def inverse(self) -> Projective:
+        """The inverse map, as of `invert`: of a singular matrix, infinities and NaN, without an error.
+
+        What this map sends to y with a divisor w > 0 comes back from y with the divisor 1 / w, so nothing
+        that is in view of one is behind infinity for the other.
+        """
+        return Projective(matrices.invert(self.matrix))
+
 
 @dataclass(frozen=True, eq=False)
 class _Dense(Transform):
@@ -264,7 +324,7 @@ class _Dense(Transform):
 
     def __post_init__(self) -> None:
         argument = fields(self)[0].name
-        field = check_floating(self.parameters, type(self).__name__, argument)
+        field = check_floating(self._given, type(self).__name__, argument)
         dims = field.shape[-1] if field.dim() else 0
         # Not with `in`, which is false under torch.compile where the size is a symbol.
         if not 1 <= dims <= 3 or not dims + 2 <= field.dim() <= dims + 3:
@@ -274,8 +334,13 @@ class _Dense(Transform):
             )
 
     @property
+    def _given(self) -> Tensor:
+        """The tensor that the class takes first: the parameters, or of their shape."""
+        return getattr(self, fields(self)[0].name)
+
+    @property
     def _numbers(self) -> Tensor:
-        return self.parameters.new_empty(*self.batch, 0)
+        return self._given.new_empty(*self.batch, 0)
 
     @property
     def _field(self) -> Tensor:
@@ -283,15 +348,15 @@ class _Dense(Transform):
 
     @property
     def batch(self) -> torch.Size:
-        return self.parameters.shape[: -self.dims - 1]
+        return self._given.shape[: -self.dims - 1]
 
     @property
     def dims(self) -> int:
-        return self.parameters.shape[-1]
+        return self._given.shape[-1]
 
     @property
     def size(self) -> torch.Size:
-        return self.parameters.shape[-self.dims - 1 : -1]
+        return self._given.shape[-self.dims - 1 : -1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,7 +405,7 @@ class Displacement(_Dense):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.unit not in ("normalized", "pixel"):
-            raise ValueError(f"Displacement takes unit 'normalized' or 'pixel'; got {self.unit!r}.")
+            raise ValueError(f"{type(self).__name__} takes unit 'normalized' or 'pixel'; got {self.unit!r}.")
 
     @property
     def kind(self) -> str:
@@ -349,6 +414,32 @@ class Displacement(_Dense):
     @property
     def parameters(self) -> Tensor:
         return self.field
+
+    def inverse(self, iterations: int = 20, align_corners: bool = False) -> Displacement:
+        """The inverse map, by fixed-point iteration.
+
+        The inverse's displacement v solves v(p) = -f(p + v(p)) for this field f, which is read bilinearly and,
+        beyond the outermost pixels, as they are. From v = -f, each iteration puts v into the right side. It converges
+        if f has a Lipschitz constant L < 1 (two of its vectors differ by less than their places are apart); the
+        error is at most L ** (iterations + 1) times the largest displacement. Otherwise the map may
+        fold, has no inverse, and the result is without meaning.
+
+        Args:
+            iterations: how often f is read, at least 0. A backward pass keeps one field for each.
+            align_corners: as it will be given to `warp`, with this transform and with its inverse.
+
+        Returns:
+            A displacement of the same size, unit and dtype; 16-bit fields are iterated in fp32 and rounded
+            once. Differentiable in the field, through the iterations. The images that both read have the
+            field's size (where the unit is "normalized", any).
+
+        Raises:
+            TypeError: iterations is not an integer, or align_corners not a bool.
+            ValueError: iterations is negative.
+        """
+        from .diffeomorphic import invert_displacement
+
+        return Displacement(invert_displacement(self, iterations, align_corners), self.unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,7 +476,7 @@ class ThinPlateSpline(Transform):
     def kind(self) -> str:
         return f"thin_plate[{self.target_points.shape[0]}]"
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         # fp64 also keeps autocast and TF32 out of the product.
         solved = _thin_plate_solution(self.target_points, self.regularization)
@@ -510,7 +601,7 @@ class PiecewiseAffine(Transform):
     def kind(self) -> str:
         return f"piecewise_affine[{self.triangles.shape[0]}]"
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         corners = self.target_points.detach().double()[self.triangles]  # (T, 3, 2)
         columns = torch.cat([corners, torch.ones_like(corners[..., :1])], -1).mT
@@ -644,7 +735,7 @@ class Compose(Transform):
     def kind(self) -> str:
         return "+".join(t.kind for t in self.transforms)
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         if len(self.transforms) == 1:
             return self.transforms[0].parameters
@@ -675,6 +766,14 @@ class Compose(Transform):
     def size(self) -> torch.Size | None:
         return self.transforms[0].size
 
+    @property
+    def align_corners(self) -> bool | None:
+        return next((t.align_corners for t in self.transforms if t.align_corners is not None), None)
+
+    def inverse(self) -> Transform:
+        """The inverses in the opposite order; an iterated one, of a `Displacement`, by default settings."""
+        return Compose(*(t.inverse() for t in reversed(self.transforms)))
+
 
 _MATRICES = ("affine", "projective")
 
@@ -703,3 +802,8 @@ def _check_points(name: str, targets: Tensor, sources: Tensor) -> None:
         )
     if sources.device != targets.device:
         raise ValueError(f"{name} takes its points on one device; got {targets.device} and {sources.device}.")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In fp32 or wider, to compute in and round once."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
