@@ -53,7 +53,7 @@ def scatter_kernel(
     ORDER: tl.constexpr = (1 if NEED_PARAMETERS else 0) + (1 if TANGENT else 0)
     VARIES: tl.constexpr = SUPERSAMPLE == 0 and SHRINK is None  # how many samples, from pixel to pixel
     # A chain adds the gradients of its numbers itself, sample by sample.
-    SUMS: tl.constexpr = SUPERSAMPLE != 1 and links is None
+    SUMS: tl.constexpr = SUPERSAMPLE != 1 and len(links) == 0
     COEFFICIENTS: tl.constexpr = len(BLOCK) * (len(BLOCK) + 1) if SHRINK is not None else (len(BLOCK) + 1) ** 2
     tiles = tile_count(output_size, BLOCK)
     tile = tl.program_id(0) % tiles
@@ -189,6 +189,6 @@ def scatter_kernel(
         tl.atomic_max(scale_ptr + n, tl.max(largest))
     if NEED_PARAMETERS and SUMS:
         LOAD_VJP(
-            gradients_ptr, gradients, gradients_strides[2:], numbers, links, None,
+            gradients_ptr, gradients, gradients_strides[2:], numbers, links, chain,
             p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
         )  # fmt: skip
