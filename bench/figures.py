@@ -1,4 +1,4 @@
-"""The README's figure of the coordinate convention. Run `python -m bench.figures [--out DIR]`."""
+"""The README's figures: the coordinate convention, and shrinking with and without antialias. Run `python -m bench.figures [--out DIR]`."""
 
 from __future__ import annotations
 
@@ -62,11 +62,74 @@ def _square(x: int, y: int) -> Any:
     return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="white" if (x + y) % 2 else "#f5f7fa", edgecolor=PALE)
 
 
+SHRINK = 6
+
+
+def antialias(path: Path) -> None:
+    """A photograph shrunk to a sixth: read once per pixel, averaged inside the kernel, and by Pillow."""
+    import matplotlib
+    import numpy as np
+    import torch
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    import tri_stn
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    photo = load_sample_image("china.jpg")
+    height, width = (n // SHRINK for n in photo.shape[:2])
+    photo = np.ascontiguousarray(photo[: height * SHRINK, : width * SHRINK])
+    image, theta = torch.from_numpy(photo).permute(2, 0, 1)[None].float(), torch.eye(2, 3)[None]
+
+    def warped(**options: Any) -> Any:
+        output = tri_stn.warp(image, tri_stn.Affine(theta), (height, width), padding_mode="border", **options)
+        return output[0].permute(1, 2, 0).round().byte().numpy()
+
+    def pillow(filter: Any) -> Any:
+        return np.asarray(Image.fromarray(photo).resize((width, height), filter))
+
+    columns = {
+        "warp(…)\none sample per pixel": warped(),
+        "warp(…, antialias=True)\n6 × 6 samples, in the kernel": warped(antialias=True),
+        "Pillow, BILINEAR\n": pillow(Image.Resampling.BILINEAR),
+        "Pillow, LANCZOS\n": pillow(Image.Resampling.LANCZOS),
+    }
+    with plt.rc_context({"font.size": 11, "text.color": INK}):
+        figure, panels = plt.subplots(2, len(columns), figsize=(12, 4.75), facecolor="white")
+        for (label, picture), (whole, part) in zip(columns.items(), panels.T, strict=True):
+            whole.imshow(picture, interpolation="nearest")
+            whole.set_title(label, size=12)
+            part.imshow(picture[ZOOM], interpolation="nearest")
+            rows, across = ZOOM
+            frame = (across.start - 0.5, rows.start - 0.5), across.stop - across.start, rows.stop - rows.start
+            whole.add_patch(_frame(*frame))
+            for axes in (whole, part):
+                axes.set(xticks=[], yticks=[])
+        figure.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.01, wspace=0.03, hspace=0.03)
+        temporary = path.with_name(f".{path.name}.tmp")
+        figure.savefig(temporary, format="png", dpi=110)
+        os.replace(temporary, path)
+        plt.close(figure)
+
+
+ZOOM = (slice(27, 61), slice(12, 63))  # rows and columns of the shrunk picture
+
+
+def _frame(corner: tuple[float, float], width: float, height: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height, fill=False, edgecolor=ACCENT, linewidth=1.5)
+
+
 def main() -> None:
     """Draw every figure."""
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "pictures")
-    coordinates(parser.parse_args().out / "coordinates.png")
+    out = parser.parse_args().out
+    coordinates(out / "coordinates.png")
+    antialias(out / "antialias.png")
 
 
 if __name__ == "__main__":
