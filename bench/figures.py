@@ -1,4 +1,4 @@
-"""The README's figures: the coordinate convention, and shrinking with and without antialias. Run `python -m bench.figures [--out DIR]`."""
+"""The README's figures: coordinates, and shrinking against aliasing. Run `python -m bench.figures [--out DIR]`."""
 
 from __future__ import annotations
 
