@@ -140,8 +140,15 @@ def gather_kernel(
                                 output += weight[:, None] * load_block(
                                     input_tangent_ptr, pixel, c, input_tangent_strides, readable, INDEX, COMPUTE
                                 )
-                    totals = totals + (output,)
-                outputs = totals
+                    if SINGLE:  # stored at once: held back, it would cost the registers of all blocks
+                        _store(
+                            output_ptr, output, p, mask, c, channels, output_strides, fill_ptr, outside, 1.0,
+                            COMPUTE, INDEX,
+                        )  # fmt: skip
+                    else:
+                        totals = totals + (output,)
+                if not SINGLE:
+                    outputs = totals
             if PROJECT == "argmax":
                 larger, where = (), ()
                 for block in tl.static_range(UNROLL):
@@ -157,20 +164,31 @@ def gather_kernel(
             inside_share = tl.where(outside == 0, 1.0, inside_share)
             if (tl.program_id(1) == 0) & (first == 0):  # the others hold more channels of the same pixels
                 tl.store(at, inside_share.to(coverage_ptr.dtype.element_ty), mask=mask)
-        for block in tl.static_range(UNROLL):
-            c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
-            output = outputs[block]
-            if fill_ptr is not None:
-                # Selected, as a fill that is not finite must not reach the pixels inside.
-                filled = outside[:, None] * load_fill(fill_ptr, c, channels, COMPUTE)
-                output += tl.where((outside != 0)[:, None], filled, 0.0)
-            if PROJECT == "mean":
-                output = output / tl.cast(output_size[DIMS - 1], COMPUTE)
-            tl.store(
-                output_ptr + block_offset(p, c, output_strides, INDEX),
-                output.to(output_ptr.dtype.element_ty),
-                mask=mask[:, None] & (c < channels)[None, :],
-            )
+        if not SINGLE:
+            layers = tl.cast(output_size[DIMS - 1], COMPUTE) if PROJECT == "mean" else 1.0
+            for block in tl.static_range(UNROLL):
+                c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+                _store(
+                    output_ptr, outputs[block], p, mask, c, channels, output_strides, fill_ptr, outside, layers,
+                    COMPUTE, INDEX,
+                )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    output_ptr, output, p, mask, c, channels, strides, fill_ptr, outside, layers,
+    COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Some channels of the output, with what lies outside, averaged over layers."""
+    if fill_ptr is not None:
+        # Selected, as a fill that is not finite must not reach the pixels inside.
+        filled = outside[:, None] * load_fill(fill_ptr, c, channels, COMPUTE)
+        output += tl.where((outside != 0)[:, None], filled, 0.0)
+    tl.store(
+        output_ptr + block_offset(p, c, strides, INDEX),
+        (output / layers).to(output_ptr.dtype.element_ty),
+        mask=mask[:, None] & (c < channels)[None, :],
+    )
 
 
 @triton.jit
