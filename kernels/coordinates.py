@@ -9,6 +9,8 @@ a normalised coordinate by a factor alone, and the identity map gives every pixe
 import triton
 import triton.language as tl
 
+from . import tuples
+
 
 @triton.jit
 def middle(size, COMPUTE: tl.constexpr):
@@ -62,25 +64,12 @@ def centred(index, size, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def finer(size, per_axis):
-    """The size of an output of per_axis pixels, along each axis, for one."""
-    result = ()
-    for axis in tl.static_range(len(size)):
-        result = result + (size[axis] * per_axis,)
-    return result
-
-
-@triton.jit
 def from_finer(v, per_axis):
-    """Centred indices of a finer output → the same places among the pixels.
+    """Centred indices of an output of per_axis pixels, along each axis, for one → the same places among these.
 
     A factor, rounded once, and not a quotient, so that every kernel finds the same place.
     """
-    step = 1.0 / tl.cast(per_axis, v[0].dtype)
-    result = ()
-    for axis in tl.static_range(len(v)):
-        result = result + (v[axis] * step,)
-    return result
+    return tuples.scale(v, 1.0 / tl.cast(per_axis, v[0].dtype))
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .coordinates import centred, finer, from_finer, image_start, middle
+from . import tuples
+from .coordinates import centred, from_finer, image_start, middle
 from .padding import pass_padding
 from .transforms import samples_for, squared_length
 
@@ -90,7 +91,7 @@ def sample_place(p, sample, per_axis, output_size, COMPUTE: tl.constexpr):
     for axis in tl.static_range(len(p)):
         fine = fine + (p[axis] * per_axis + sample % per_axis,)
         sample = sample // per_axis
-    return from_finer(centred(fine, finer(output_size, per_axis), COMPUTE), per_axis)
+    return from_finer(centred(fine, tuples.scale(output_size, per_axis), COMPUTE), per_axis)
 
 
 @triton.jit

@@ -35,7 +35,6 @@ from . import launch, tuples
 from .coordinates import (
     block_offset,
     centred,
-    finer,
     from_finer,
     image_start,
     lanes,
@@ -105,7 +104,7 @@ def walk_kernel(
         fine, fine_size = coefficients, output_size
         if SUPERSAMPLE != 1:
             per_axis = SHRINK(coefficients) if SUPERSAMPLE == 0 else SUPERSAMPLE
-            fine, fine_size = REFINE(coefficients, per_axis), finer(output_size, per_axis)
+            fine, fine_size = REFINE(coefficients, per_axis), tuples.scale(output_size, per_axis)
             for _axis in tl.static_range(len(BLOCK)):
                 share = share / tl.cast(per_axis, COMPUTE)
         gradients = tuples.zeros(len(coefficients), (LANES,), COMPUTE)
