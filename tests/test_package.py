@@ -24,7 +24,7 @@ def python(code, cwd, *arguments, **kwargs):
 
 
 def test_public_names():
-    transforms = ["Affine", "Attention", "Displacement", "Grid", "Projective", "Similarity"]
+    transforms = ["Affine", "Attention", "Displacement", "Grid", "Projective", "Similarity", "Velocity"]
     builders = ["boxes", "compose", "crop_box", "from_pixel_matrix", "invert"]
     builders += ["rotation", "scaling", "shear", "to_pixel_matrix", "translation"]
     samplers = ["affine_grid", "fuse", "grid_sample", "splat", "warp"]

@@ -1,5 +1,6 @@
 """Spatial transformer sampling for PyTorch, fused in Triton: no grid is ever stored."""
 
+from .diffeomorphic import Velocity
 from .functional import grid_sample, splat, warp
 from .fuse import fuse
 from .lazy import affine_grid
@@ -26,6 +27,7 @@ __all__ = [
     "Grid",
     "Projective",
     "Similarity",
+    "Velocity",
     "affine_grid",
     "boxes",
     "compose",

@@ -228,6 +228,11 @@ def _check_call(
     _check_choice("padding_mode", padding_mode, PADDING_MODES)
     if not isinstance(align_corners, bool):
         raise TypeError(f"align_corners must be True or False; got {align_corners!r}.")
+    if transform.align_corners not in (None, align_corners):
+        raise ValueError(
+            f"This {type(transform).__name__} was made for align_corners={transform.align_corners}; got "
+            f"align_corners={align_corners}. Give both the same."
+        )
     if transform.parameters.device != input.device:
         raise ValueError(
             f"input and transform must be on the same device; got {input.device} and {transform.parameters.device}."

@@ -44,6 +44,22 @@ class Transform:
         """The output's spatial size, where the transform fixes it."""
         return None
 
+    @property
+    def align_corners(self) -> bool | None:
+        """The ``align_corners`` that the parameters were made for, and `warp` must be given; None for either."""
+        return None
+
+    def inverse(self) -> Transform:
+        """The map from points of the input to points of the output.
+
+        Raises:
+            NotImplementedError: this transform has none.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no inverse(). Affine, Attention, Similarity and Projective have one in closed "
+            "form, Velocity by its own, and Displacement by iteration."
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Affine(Transform):
@@ -85,6 +101,12 @@ class Affine(Transform):
     @property
     def dims(self) -> int:
         return self.theta.shape[-2]
+
+    def inverse(self) -> Affine:
+        """The inverse map, as of `invert`: of a singular theta, infinities and NaN, without an error."""
+        from .matrices import invert
+
+        return Affine(invert(self.theta))
 
 
 class _AffineFamily(Transform):
@@ -154,8 +176,16 @@ class Attention(_AffineFamily):
 
     @property
     def _linear(self) -> Tensor:
-        scale = self.scale if self.scale.shape == self.translation.shape else self.scale.unsqueeze(-1)
-        return scale.expand(self.translation.shape).diag_embed()
+        return self._per_axis(self.scale).expand(self.translation.shape).diag_embed()
+
+    def _per_axis(self, scale: Tensor) -> Tensor:
+        return scale if scale.shape == self.translation.shape else scale.unsqueeze(-1)
+
+    def inverse(self) -> Attention:
+        """The window that undoes this one, in the same shapes and dtypes; infinite where the scale is 0."""
+        scale = 1 / _wide(self.scale)
+        translation = -self._per_axis(scale) * _wide(self.translation)
+        return Attention(scale.to(self.scale.dtype), translation.to(self.translation.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +223,14 @@ class Similarity(_AffineFamily):
     def _linear(self) -> Tensor:
         cos, sin = self.scale * self.angle.cos(), self.scale * self.angle.sin()
         return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+
+    def inverse(self) -> Similarity:
+        """The similarity that undoes this one, in the same shapes and dtypes; infinite where the scale is 0."""
+        scale, angle = 1 / _wide(self.scale), _wide(self.angle)
+        cos, sin = scale * angle.cos(), scale * angle.sin()
+        x, y = _wide(self.translation).unbind(-1)
+        translation = -torch.stack([cos * x + sin * y, cos * y - sin * x], -1)
+        return Similarity(scale.to(self.scale.dtype), -self.angle, translation.to(self.translation.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,6 +276,16 @@ class Projective(Transform):
     def dims(self) -> int:
         return self.matrix.shape[-1] - 1
 
+    def inverse(self) -> Projective:
+        """The inverse map, as of `invert`: of a singular matrix, infinities and NaN, without an error.
+
+        What this map sends to y with a divisor w > 0 comes back from y with the divisor 1 / w, so nothing
+        that is in view of one is behind infinity for the other.
+        """
+        from .matrices import invert
+
+        return Projective(invert(self.matrix))
+
 
 @dataclass(frozen=True, eq=False)
 class _Dense(Transform):
@@ -245,7 +293,7 @@ class _Dense(Transform):
 
     def __post_init__(self) -> None:
         argument = fields(self)[0].name
-        field = _check_floating(self.parameters, type(self).__name__, argument)
+        field = _check_floating(self._numbers, type(self).__name__, argument)
         dims = field.shape[-1] if field.dim() else 0
         # Not with `in`, which is false under torch.compile where the size is a symbol.
         if not 1 <= dims <= 3 or not dims + 2 <= field.dim() <= dims + 3:
@@ -255,16 +303,21 @@ class _Dense(Transform):
             )
 
     @property
+    def _numbers(self) -> Tensor:
+        """The tensor that the class takes first: the parameters, or of their shape."""
+        return getattr(self, fields(self)[0].name)
+
+    @property
     def batch(self) -> torch.Size:
-        return self.parameters.shape[: -self.dims - 1]
+        return self._numbers.shape[: -self.dims - 1]
 
     @property
     def dims(self) -> int:
-        return self.parameters.shape[-1]
+        return self._numbers.shape[-1]
 
     @property
     def size(self) -> torch.Size:
-        return self.parameters.shape[-self.dims - 1 : -1]
+        return self._numbers.shape[-self.dims - 1 : -1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,7 +366,7 @@ class Displacement(_Dense):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.unit not in ("normalized", "pixel"):
-            raise ValueError(f"Displacement takes unit 'normalized' or 'pixel'; got {self.unit!r}.")
+            raise ValueError(f"{type(self).__name__} takes unit 'normalized' or 'pixel'; got {self.unit!r}.")
 
     @property
     def kind(self) -> str:
@@ -322,6 +375,32 @@ class Displacement(_Dense):
     @property
     def parameters(self) -> Tensor:
         return self.field
+
+    def inverse(self, iterations: int = 20, align_corners: bool = False) -> Displacement:
+        """The inverse map, by fixed-point iteration.
+
+        The inverse's displacement v solves v(p) = -f(p + v(p)) for this field f, which is read bilinearly and,
+        beyond the outermost pixels, as they are. From v = -f, each iteration puts v into the right side. It converges
+        if f has a Lipschitz constant L < 1 (two of its vectors differ by less than their places are apart); the
+        error is at most L ** (iterations + 1) times the largest displacement. Otherwise the map may
+        fold, has no inverse, and the result is without meaning.
+
+        Args:
+            iterations: how often f is read, at least 0. A backward pass keeps one field for each.
+            align_corners: as it will be given to `warp`, with this transform and with its inverse.
+
+        Returns:
+            A displacement of the same size, unit and dtype; 16-bit fields are iterated in fp32 and rounded
+            once. Differentiable in the field, through the iterations. The images that both read have the
+            field's size (where the unit is "normalized", any).
+
+        Raises:
+            TypeError: iterations is not an integer, or align_corners not a bool.
+            ValueError: iterations is negative.
+        """
+        from .diffeomorphic import invert_displacement
+
+        return Displacement(invert_displacement(self, iterations, align_corners), self.unit)
 
 
 def _check_floating(tensor: object, name: str, argument: str) -> Tensor:
@@ -332,3 +411,8 @@ def _check_floating(tensor: object, name: str, argument: str) -> Tensor:
             f"{name} takes {argument} in a floating-point dtype; got {tensor.dtype}. Convert it with .float()."
         )
     return tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In fp32 or wider, to compute in and round once."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
