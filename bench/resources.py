@@ -51,6 +51,8 @@ class Case:
     tangent: bool = False
     """The change along a direction of both the parameters and the image: forward mode, second derivatives."""
     deterministic: bool = False
+    fill: bool = False
+    """A fill, and in the forward the mask beside the output."""
 
     @property
     def stages(self) -> str:
@@ -61,6 +63,7 @@ class Case:
         words += [f"C={self.channels}"] * (self.channels != 32) + ["size_1"] * (1 in self.size)
         words += ["corners"] * self.align_corners + ["int64"] * self.far
         words += ["tangent"] * self.tangent + ["deterministic"] * self.deterministic
+        words += ["fill"] * self.fill
         return " ".join(words)
 
 
@@ -101,6 +104,16 @@ def cases(
     return result
 
 
+CHAINS = (
+    "thin_plate[20]",
+    "free_form[8,6]",
+    "piecewise_affine[12]",
+    "linear_basis[8]",
+    "affine+displacement",
+    "projective+free_form[8,6]+thin_plate[9]+pixel_displacement",
+)
+
+
 def all_cases() -> list[tuple[Case, str]]:
     """What the tests compile: every combination of stages for every architecture, and on one
     architecture the dtypes, layouts, dimensions and shapes that specialise it further.
@@ -126,6 +139,10 @@ def all_cases() -> list[tuple[Case, str]]:
     )
     once += cases("affine", linear, folding, tangent=True, **wide)
     once += cases("affine", linear, folding, tangent=True, size=(6, 8, 16))
+    for kind in CHAINS:
+        once += cases(kind, linear, ("zeros",))
+    once += cases("free_form[8,8,8]", linear, folding, size=(6, 8, 16)) + cases(CHAINS[0], linear, folding, **wide)
+    once += cases(CHAINS[0], linear, folding, tangent=True)
     smooth = ("bilinear", "bicubic")
     fixed = [
         *cases("affine", smooth, folding),
@@ -133,6 +150,11 @@ def all_cases() -> list[tuple[Case, str]]:
         *cases("grid", linear, folding, **wide),
     ]
     once += [replace(case, deterministic=True) for case in fixed if case.kernel == "scatter"]
+    filled = cases("grid", linear, ("zeros",)) + cases("affine", ("bicubic",), ("zeros",), size=(6, 8, 16))
+    for more in ({}, {"tangent": True}, wide):
+        filled += cases("affine", linear, ("zeros",), **more)
+    once += [replace(case, fill=True) for case in filled if case.need_parameters]  # the image's gradient has no fill
+    once += [replace(cases("affine", linear, folding)[0], fill=True)]  # the mask alone
     return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
 
 
@@ -159,12 +181,10 @@ def compile_case(case: Case, arch: str):
     """The compiled kernel that a launcher would start for this case."""
     from tri_stn import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
 
-    dims = len(case.size)
     image, output = _image(case, case.size), _image(case, tuple(max(1, n // 2) for n in case.size))
-    matrix = {"affine": (dims, dims + 1), "projective": (dims + 1, dims + 1)}
-    batch = (2, 1, *matrix.get(case.kind, (*output.shape[2:], dims)))
-    parameters = torch.empty(batch, device="meta")
+    parameters, auxiliary = _map(case, output.shape[2:])
     tangents = (image, parameters) if case.tangent else (None, None)
+    fill = torch.empty(case.channels, device="meta") if case.fill and case.padding_mode == "zeros" else None
     options: dict[str, Any] = {
         "kind": case.kind,
         "mode": case.mode,
@@ -173,15 +193,45 @@ def compile_case(case: Case, arch: str):
     }
     with _compiling_for(arch) as launches:
         if case.kernel == "gather":
-            kernels.gather(output, image, parameters, *tangents, **options)
+            mask = output.new_empty((len(output), 1, *output.shape[2:])) if case.fill and not case.tangent else None
+            kernels.gather(output, image, parameters, auxiliary, fill, *tangents, mask=mask, **options)
         else:
             grad_image = None if case.kernel == "reduce" else torch.empty_like(image)
             grad_parameters = torch.empty_like(parameters) if case.need_parameters else None
+            grad_auxiliary = auxiliary if case.need_parameters else None
             options["deterministic"] = case.deterministic
-            kernels.adjoint(grad_image, grad_parameters, output, image, parameters, *tangents, **options)
+            kernels.adjoint(
+                grad_image,
+                grad_parameters,
+                grad_auxiliary,
+                output,
+                image,
+                parameters,
+                auxiliary,
+                fill,
+                *tangents,
+                **options,
+            )
     name = {"reduce": "scatter"}.get(case.kernel, case.kernel) + "_kernel"
     (compiled,) = launches[name]
     return compiled
+
+
+def _map(case: Case, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The parameters of a pair of maps, and the field of a chain that has one."""
+    from tri_stn import points, reference
+
+    dims, field = len(size), None
+    if case.kind not in reference.TRANSFORMS:
+        links = points.parse(case.kind)
+        shape: tuple[int, ...] = (sum(points.LINKS[name].count(dims, *sizes) for name, sizes in links),)
+        for name, sizes in links:
+            if points.LINKS[name].reads_field:
+                field = torch.empty((2, 1, *size, *(sizes or (dims,))), device="meta")
+    else:
+        matrix = {"affine": (dims, dims + 1), "projective": (dims + 1, dims + 1)}
+        shape = matrix.get(case.kind, (*size, dims))
+    return torch.empty((2, 1, *shape), device="meta"), field
 
 
 def _image(case: Case, size: tuple[int, ...]) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Triton kernels of the sampler. They know tensors and triton, and nothing of the torch side."""
 
+from . import stages
 from .adjoint import adjoint
+from .chain import try_link
 from .gather import gather
 
-__all__ = ["adjoint", "gather"]
+__all__ = ["adjoint", "gather", "stages", "try_link"]

@@ -22,26 +22,27 @@ from .walk import walk_kernel
 
 
 def adjoint(
-    grad_input, grad_parameters, grad_output, input, parameters, input_tangent=None, parameters_tangent=None,
-    *, kind, mode, padding_mode, align_corners, deterministic=False,
+    grad_input, grad_parameters, grad_auxiliary, grad_output, input, parameters, auxiliary=None, fill=None,
+    input_tangent=None, parameters_tangent=None,
+    *, kind, mode, padding_mode, align_corners, supersample=1, deterministic=False,
 ):  # fmt: skip
-    """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both.
+    """Fill grad_input (M, C, *input_size), grad_parameters (M, K, …) and grad_auxiliary, any of them.
 
     One that is not asked for is None; `input` may be None where grad_parameters is. With
     parameters_tangent and, if wanted, input_tangent: fill them with what they change by.
-    A tensor whose batch is a divisor of M serves over and over. `deterministic` sums scattered
-    gradients in fixed point, so that the order of the atomics does not matter.
+    A tensor whose batch is a divisor of M serves over and over. `fill` (C,) is what lies outside under
+    zeros padding. `deterministic` sums scattered gradients in fixed point, so that the order of the
+    atomics does not matter.
     """
     need_input, tangent = grad_input is not None, parameters_tangent is not None
     if stages.INTERPOLATIONS[mode].taps == 1:  # nearest does not change with the coordinate, but for jumps
-        if grad_parameters is not None:
-            grad_parameters.zero_()
-        if tangent and need_input:
-            grad_input.zero_()
+        for gradient in (grad_parameters, grad_auxiliary, grad_input if tangent else None):
+            if gradient is not None:
+                gradient.zero_()
         if tangent or not need_input:
             return
-        grad_parameters = None
-    need_parameters = grad_parameters is not None
+        grad_parameters = grad_auxiliary = None
+    need_parameters = grad_parameters is not None or grad_auxiliary is not None
     flags = {
         "NEED_PARAMETERS": need_parameters,
         "TANGENT": tangent,
@@ -51,11 +52,13 @@ def adjoint(
     image = grad_input if need_input else input
     source = image if input is None else input
     images = source, source if input_tangent is None else input_tangent
-    dense, folds = stages.TRANSFORMS[kind].dense, stages.PADDINGS[padding_mode].folds
-    walks = need_input and stages.TRANSFORMS[kind].rows is not None
+    dense, folds = stages.transform(kind).dense, stages.PADDINGS[padding_mode].folds
+    walks = need_input and stages.transform(kind).rows is not None
     scatters = folds or not walks
     motions = launch.packed(dense, parameters, parameters_tangent)
-    batch, maps = image.shape[0] if need_input else grad_parameters.shape[0], parameters.shape[1]
+    batch, maps = grad_output.shape[0] // parameters.shape[1], parameters.shape[1]
+    if need_input or grad_parameters is not None:
+        batch = (grad_input if need_input else grad_parameters).shape[0]
 
     dims, channels = image.dim() - 2, image.shape[1]
     layout = dims, channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
@@ -66,11 +69,16 @@ def adjoint(
 
     compute = launch.compute_dtype(image.dtype)
     scatter_slots = scatter_grid[0] // (batch * maps) * scatter_grid[1] if scatters else 0
+    chained = stages.is_chain(kind)
+    if chained:  # many numbers: programs share slots, and add by atomics
+        scatter_slots = tiling.shared_slots(scatter_slots, batch * maps * launch.count(parameters))
     walk_slots = walk_grid[0] // batch * walk_grid[1] if walks else 0
     partials = None
     if need_parameters and not dense:
         shape = (batch, maps, scatter_slots + walk_slots, launch.count(parameters))
-        partials = torch.empty(shape, dtype=compute, device=image.device)
+        partials = (torch.zeros if chained else torch.empty)(shape, dtype=compute, device=image.device)
+    field_gradient = None if grad_auxiliary is None else torch.zeros_like(grad_auxiliary, dtype=compute)
+    chain = stages.chain(kind, auxiliary, field_gradient, dims)
 
     # Atomics in 16 bits would lose sums and loop on the hardware: those images get an fp32 twin.
     scattered, scale = None, None
@@ -88,8 +96,9 @@ def adjoint(
         *launch.batches(grad_output, *images, *motions),
     )
     strides = launch.strides(grad_output), *map(launch.strides, images), *map(launch.parameter_strides, motions)
-    constants = launch.constants(image, *images, grad_output, parameters=motions)
+    constants = launch.constants(image, *images, grad_output, parameters=launch.present(*motions, auxiliary))
     far = launch.is_far(constants)
+    fill = launch.packed_fill(fill) if need_parameters else None
     if scatters:
         gradients, gradients_strides, slot = partials, *_slot_strides(partials)
         if dense and need_parameters:
@@ -97,8 +106,9 @@ def adjoint(
 
         def scatter(scale, **flags):
             scatter_kernel[scatter_grid](
-                scattered, scale, gradients, grad_output, *images, *motions,
-                *sizes, launch.strides(image), gradients_strides, slot, *strides,
+                scattered, scale, gradients, grad_output, *images, *motions, *chain,
+                *sizes, launch.strides(image), gradients_strides, slot, max(1, scatter_slots), *strides,
+                fill,
                 **stages.scatter(kind, mode, padding_mode), **constants, **flags,
                 FOLDED_ONLY=walks, NEED_INPUT=need_input, **scatter_tile.constants(far),
             )  # fmt: skip
@@ -121,11 +131,14 @@ def adjoint(
         walk_kernel[walk_grid](
             grad_input, scattered, shares, grad_output, *images, *motions,
             *sizes, launch.strides(image), *_slot_strides(partials), *strides,
+            fill,
             **stages.walk(kind, mode, padding_mode), **constants, **flags, **walk_tile.constants(far),
         )  # fmt: skip
     elif scattered is not None and scattered is not grad_input:
         grad_input.copy_(scattered)
-    if partials is not None:
+    if field_gradient is not None:
+        grad_auxiliary.copy_(field_gradient)
+    if partials is not None and grad_parameters is not None:
         grad_parameters.copy_(partials.sum(2).view_as(grad_parameters))
 
 

@@ -88,6 +88,12 @@ def load_block(ptr, pixel, c, strides, mask, INDEX: tl.constexpr, COMPUTE: tl.co
     return tl.load(ptr + block_offset(pixel, c, strides, INDEX), mask=mask, other=0.0).to(COMPUTE)
 
 
+@triton.jit
+def load_fill(fill_ptr, c, channels, COMPUTE: tl.constexpr):
+    """What lies outside the image in some channels, [1, channels]."""
+    return tl.load(fill_ptr + c, mask=c < channels, other=0.0).to(COMPUTE)[None, :]
+
+
 @triton.constexpr_function
 def lanes(block):
     """How many pixels a tile holds."""

@@ -5,6 +5,9 @@
 n: image; m: map, one per output image, k the map's number among the `maps` of one image; c: channel;
 p: output pixel; q: input pixel, one of the TAPS ** dims that x touches.
 
+With fill, what weighs outside the image has the value fill[c]; with coverage, the share of the weights
+that lies inside, before padding, is stored beside the output.
+
 With TANGENT, instead, what the output changes by where the parameters move by parameters_tangent
 and, with INPUT_TANGENT, the input by input_tangent.
 
@@ -16,17 +19,18 @@ import triton
 import triton.language as tl
 
 from . import launch, stages, tiling
-from .coordinates import block_offset, image_start, lanes, load_block, tile_count, tile_index
-from .interpolation import corner, loops, product, product_jvp, taps_along
+from .coordinates import block_offset, image_start, lanes, load_block, load_fill, offset, tile_count, tile_index
+from .interpolation import corner, coverage, loops, product, product_jvp, taps_along
 from .sampling import look
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def gather_kernel(
-    output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr,
+    output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, links, chain,
     output_size, input_size, channels, maps,
     input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     output_strides, input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
+    fill_ptr, coverage_ptr, coverage_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
@@ -42,7 +46,7 @@ def gather_kernel(
     p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
     _coefficients, _tangents, _u, x, t = look(
-        parameters_ptr, parameters_tangent_ptr, m, maps, p, mask, output_size, input_size,
+        parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
@@ -50,6 +54,14 @@ def gather_kernel(
         x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
         WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,
     )  # fmt: skip
+
+    if fill_ptr is not None or coverage_ptr is not None:
+        shares, share_slopes, _none = coverage(x, input_size, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ORDER)
+        outside = -product_jvp(shares, share_slopes, t) if TANGENT else 1.0 - product(shares)
+        if coverage_ptr is not None:
+            at = coverage_ptr + m * coverage_strides[0] + offset(p, coverage_strides[2:], INDEX)
+            if tl.program_id(1) == 0:  # the others hold more channels of the same pixels
+                tl.store(at, product(shares).to(coverage_ptr.dtype.element_ty), mask=mask)
 
     input_ptr = image_start(input_ptr, n, input_batch, input_strides)
     input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
@@ -74,6 +86,10 @@ def gather_kernel(
                         output += product(weights)[:, None] * load_block(
                             input_tangent_ptr, pixel, c, input_tangent_strides, readable, INDEX, COMPUTE
                         )
+            if fill_ptr is not None:
+                # Selected, as a fill that is not finite must not reach the pixels inside.
+                filled = outside[:, None] * load_fill(fill_ptr, c, channels, COMPUTE)
+                output += tl.where((outside != 0)[:, None], filled, 0.0)
             tl.store(
                 output_ptr + block_offset(p, c, output_strides, INDEX),
                 output.to(output_ptr.dtype.element_ty),
@@ -82,16 +98,17 @@ def gather_kernel(
 
 
 def gather(
-    output, input, parameters, input_tangent=None, parameters_tangent=None,
-    *, kind, mode, padding_mode, align_corners,
+    output, input, parameters, auxiliary=None, fill=None, input_tangent=None, parameters_tangent=None,
+    *, mask=None, kind, mode, padding_mode, align_corners, supersample=1,
 ):  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
 
     With parameters_tangent and, if wanted, input_tangent: fill it with what it changes by.
-    A tensor whose batch is a divisor of M serves over and over.
+    A tensor whose batch is a divisor of M serves over and over. `fill` (C,) is what lies outside under
+    zeros padding; `mask` (M * K, 1, *size) is filled with the share of each output pixel's weight that lies inside.
     """
     flags = {"TANGENT": parameters_tangent is not None, "INPUT_TANGENT": input_tangent is not None}
-    dense, taps = stages.TRANSFORMS[kind].dense, stages.INTERPOLATIONS[mode].taps
+    dense, taps = stages.transform(kind).dense, stages.INTERPOLATIONS[mode].taps
     parameters, parameters_tangent = launch.packed(dense, parameters, parameters_tangent)
     input_tangent = input if input_tangent is None else input_tangent
     images, motions = (input, input_tangent), (parameters, parameters_tangent)
@@ -99,10 +116,12 @@ def gather(
         input.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps, flags["TANGENT"]
     )
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
-        output, *images, *motions,
+        output, *images, *motions, *stages.chain(kind, auxiliary, None, input.dim() - 2),
         launch.size(output), launch.size(input), output.shape[1], parameters.shape[1],
         *launch.batches(*images, *motions),
         launch.strides(output), *map(launch.strides, images), *map(launch.parameter_strides, motions),
+        launch.packed_fill(fill), mask, None if mask is None else launch.strides(mask),
         **stages.gather(kind, mode, padding_mode), **flags,
-        ALIGN_CORNERS=align_corners, **launch.constants(output, *images, parameters=motions), **tile.constants(),
+        ALIGN_CORNERS=align_corners, **tile.constants(),
+        **launch.constants(output, *images, parameters=launch.present(*motions, auxiliary)),
     )  # fmt: skip

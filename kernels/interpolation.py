@@ -11,6 +11,8 @@ A kernel with ``TAPS`` taps per axis touches the pixels ``first_tap(x) … first
 import triton
 import triton.language as tl
 
+from .padding import zeros
+
 
 @triton.jit
 def nearest(x, q):
@@ -170,6 +172,41 @@ def corner(taps, corner_id: tl.constexpr, TAPS: tl.constexpr, ORDER: tl.constexp
         inside = inside & taps[axis][4][corner_id // TAPS**axis % TAPS]
         direct = direct & taps[axis][5][corner_id // TAPS**axis % TAPS]
     return weights, slopes, curvatures, pixel, inside, direct
+
+
+@triton.jit
+def coverage(
+    x, size, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr,
+    TAPS: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """The share of a sample's weight that lies inside the image, x as it was before padding: its factor
+    along each axis, and ORDER derivatives. It is what a corner of value 1 at every pixel would add up to,
+    but exactly 1, without slope, where all taps are inside.
+    """
+    weights = ()
+    slopes = ()
+    curvatures = ()
+    for axis in tl.static_range(len(x)):
+        taps = _axis_taps(
+            x[axis], size[axis], 0, zeros, False, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, tl.int32, ORDER
+        )
+        weights = weights + (_sum_inside(taps[0], taps[4], 1.0),)
+        if ORDER >= 1:
+            slopes = slopes + (_sum_inside(taps[1], taps[4], 0.0),)
+        if ORDER >= 2:
+            curvatures = curvatures + (_sum_inside(taps[2], taps[4], 0.0),)
+    return weights, slopes, curvatures
+
+
+@triton.jit
+def _sum_inside(values, insides, all_of_them):
+    """The sum of the values whose tap is inside; `all_of_them`, to which they add up but for rounding, if all are."""
+    total = tl.where(insides[0], values[0], 0.0)
+    whole = insides[0]
+    for tap in tl.static_range(1, len(values)):
+        total += tl.where(insides[tap], values[tap], 0.0)
+        whole &= insides[tap]
+    return tl.where(whole, all_of_them, total)
 
 
 @triton.jit

@@ -26,6 +26,12 @@ def parameter_strides(parameters):
     return stride[0], stride[1], *reversed(stride[2:-1]), stride[-1]
 
 
+def shared_strides(field):
+    """The same of a field that may serve all maps of an image."""
+    n, k, *rest = parameter_strides(field)
+    return n, 0 if field.shape[1] == 1 else k, *rest
+
+
 def packed(dense, parameters, tangent):
     """Parameters and their tangent, the parameters themselves where there is none, as the kernels read
     them: a dense map in place, a few numbers per map next to each other.
@@ -36,7 +42,12 @@ def packed(dense, parameters, tangent):
     return given[0], given[-1]
 
 
-COUNTS = ["maps", *(f"{name}_batch" for name in _BATCHED)]
+def packed_fill(fill):
+    """The fill as the kernels read it, channels next to each other; None where there is none."""
+    return None if fill is None else fill.contiguous()
+
+
+COUNTS = ["maps", "slots", *(f"{name}_batch" for name in _BATCHED)]
 """Arguments that take any value: a compilation for each would serve nobody."""
 
 
@@ -47,6 +58,11 @@ def batches(*tensors):
 def count(parameters):
     """Numbers per map in parameters (M, K, …)."""
     return math.prod(parameters.shape[2:])
+
+
+def present(*tensors):
+    """Those that are not None."""
+    return tuple(t for t in tensors if t is not None)
 
 
 def is_channels_last(image):

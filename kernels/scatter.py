@@ -9,6 +9,9 @@ gradient of the transform's coefficients to one partial sum. It serves what the 
 With TANGENT, instead, what both gradients change by where the parameters move by
 parameters_tangent and, with INPUT_TANGENT, the input by input_tangent: a second derivative.
 
+With fill, what weighs outside the image has the value fill[c]. That changes the transform's gradient alone:
+there the image counts as input - fill, and the fill's part of it is that of the sample's coverage.
+
 Atomics are fp32 or fp64, never 16-bit: those become compare-and-swap loops on every architecture.
 With FIXED they are 64-bit integers, multiples of 1 / scale[n]: integer sums do not depend on their order.
 With MEASURE nothing is added: scale[n] becomes the largest magnitude of what would be.
@@ -18,20 +21,21 @@ import triton
 import triton.language as tl
 
 from . import launch, tuples
-from .coordinates import block_offset, image_start, lanes, load_block, tile_count, tile_index
-from .interpolation import corner, loops, product, product_jvp, product_vjp, product_vjp_jvp, taps_along
+from .coordinates import block_offset, image_start, lanes, load_block, load_fill, tile_count, tile_index
+from .interpolation import corner, coverage, loops, product, product_jvp, product_vjp, product_vjp_jvp, taps_along
 from .padding import pass_padding, strictly_inside
-from .sampling import look
+from .sampling import look, map_chain
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def scatter_kernel(
     grad_input_ptr, scale_ptr, gradients_ptr, grad_output_ptr,
-    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr,
+    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, links, chain,
     output_size, input_size, channels, maps,
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
-    grad_input_strides, gradients_strides, gradients_stride_slot, grad_output_strides,
+    grad_input_strides, gradients_strides, gradients_stride_slot, slots, grad_output_strides,
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
+    fill_ptr,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     TRANSFORM_VJP_JVP: tl.constexpr,
@@ -53,7 +57,7 @@ def scatter_kernel(
     p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
     coefficients, tangents, u, x, t = look(
-        parameters_ptr, parameters_tangent_ptr, m, maps, p, mask, output_size, input_size,
+        parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, mask, output_size, input_size,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
@@ -71,6 +75,7 @@ def scatter_kernel(
     scale = tl.load(scale_ptr + n) if FIXED else 1.0
     grad_x = tuples.zeros(len(BLOCK), (lanes(BLOCK),), COMPUTE)
     held_grad_x = grad_x  # of the samples where they are, for a map that bends
+    fill_dot = tl.zeros((lanes(BLOCK),), COMPUTE)
     largest = tl.zeros((lanes(BLOCK), BLOCK_C), COMPUTE)
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
     stop = tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
@@ -82,6 +87,8 @@ def scatter_kernel(
             grad_output = load_block(
                 grad_output_ptr, p, c, grad_output_strides, wanted[:, None] & in_channels, INDEX, COMPUTE
             )
+            if NEED_PARAMETERS and fill_ptr is not None:
+                fill_dot += tl.sum(load_fill(fill_ptr, c, channels, COMPUTE) * grad_output, axis=1)
             for plane in range(1 if len(BLOCK) == AXES else TAPS):
                 last_taps = taps_along(
                     x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
@@ -128,7 +135,16 @@ def scatter_kernel(
     if MEASURE:
         tl.atomic_max(scale_ptr + n, tl.max(largest))
     if NEED_PARAMETERS:
-        slot = tile * tl.num_programs(1) + tl.program_id(1)
+        numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
+        slot = (tile * tl.num_programs(1) + tl.program_id(1)) % slots
+        if fill_ptr is not None:
+            weights, slopes, curvatures = coverage(x, input_size, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ORDER)
+            if TANGENT:
+                grad_x = tuples.add(grad_x, product_vjp_jvp(weights, slopes, curvatures, t, -fill_dot))
+                if TRANSFORM_VJP_JVP is not None:
+                    held_grad_x = tuples.add(held_grad_x, product_vjp(weights, slopes, -fill_dot))
+            else:
+                grad_x = tuples.add(grad_x, product_vjp(weights, slopes, -fill_dot))
         grad_x = pass_padding(grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
         gradients = TRANSFORM_VJP(coefficients, u, grad_x)
         if TANGENT and TRANSFORM_VJP_JVP is not None:
@@ -136,5 +152,7 @@ def scatter_kernel(
             gradients = tuples.add(gradients, TRANSFORM_VJP_JVP(coefficients, tangents, u, held_grad_x))
         LOAD_VJP(
             gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
-            gradients, gradients_strides[2:], p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+            gradients, gradients_strides[2:],
+            numbers, links, map_chain(chain, numbers, n, k),
+            p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
         )  # fmt: skip

@@ -4,10 +4,15 @@ A new transform, interpolation or padding mode is one row in a table here and on
 functions where the row points.
 """
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from . import interpolation, padding, transforms
+import triton.language as tl
+
+from . import chain as chains
+from . import interpolation, launch, padding, points, transforms
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,75 @@ PADDINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Link:
+    """A map of points, described in `points`."""
+
+    map: Any
+    map_vjp: Any
+    count: Any
+    """(dimensions, *sizes) → how many numbers it takes per map."""
+    table: bool = True
+    """Whether it reads them from a table, or takes them as a tuple."""
+
+
+LINKS = {
+    "affine": Link(points.affine, points.affine_vjp, lambda dims: dims * (dims + 1), table=False),
+    "projective": Link(points.projective, points.projective_vjp, lambda dims: (dims + 1) ** 2, table=False),
+    "thin_plate": Link(points.thin_plate, points.thin_plate_vjp, lambda _, knots: 4 * knots + 6),
+    "free_form": Link(points.free_form, points.free_form_vjp, lambda dims, *lattice: math.prod(lattice) * dims),
+    "piecewise_affine": Link(points.piecewise_affine, points.piecewise_affine_vjp, lambda _, triangles: 15 * triangles),
+    "linear_basis": Link(points.linear_basis, points.linear_basis_vjp, lambda dims, functions: dims * functions),
+    "grid": Link(points.field, points.field_vjp, lambda _: 0),
+    "displacement": Link(points.displacement, points.displacement_vjp, lambda _: 0),
+    "pixel_displacement": Link(points.pixel_displacement, points.pixel_displacement_vjp, lambda _: 0),
+}
+
+_CHAIN = Transform(
+    chains.chain_load, chains.chain_load_vjp, transforms.dense, transforms.dense_jvp, transforms.dense_vjp
+)
+
+
+def transform(kind: str) -> Transform:
+    """The stages of a kind: its own, or those of a chain of links, "affine+free_form:0,12;…" (see `chain`)."""
+    return TRANSFORMS.get(kind, _CHAIN)
+
+
+def is_chain(kind: str) -> bool:
+    return kind not in TRANSFORMS
+
+
+def chain(kind: str, auxiliary: Any, grad_auxiliary: Any, dims: int) -> Any:
+    """A kind's links as the kernels take them, and what they read, described in `chain`; empty for a map that
+    is no chain.
+
+    A kind is its links' names, joined by "+", each with its sizes, x first: "affine+free_form[8,6]". The numbers of
+    one map lie in this order.
+    """
+    if not is_chain(kind):
+        return (), ()
+    links, sizes, start = (), (), 0
+    for name, numbers in re.findall(r"(\w+)(?:\[([\d,]*)\])?", kind):
+        link, size = LINKS[name], tuple(int(n) for n in numbers.split(",") if n)
+        count = link.count(dims, *size)
+        links += ((link.map, link.map_vjp, tl.constexpr(0 if link.table else count)),)
+        sizes += ((start, *size),)
+        start += count
+    field, grad_field = (), ()
+    if auxiliary is not None:
+        size = tuple(reversed(auxiliary.shape[2:-1]))
+        field = (auxiliary, launch.shared_strides(auxiliary), size, auxiliary.shape[0])
+    if grad_auxiliary is not None:
+        grad_field = (grad_auxiliary, launch.shared_strides(grad_auxiliary))
+    return links, (sizes, field, grad_field)
+
+
 def gather(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     """The stages of the gather kernel, by the names of its arguments."""
     return {
-        "LOAD": TRANSFORMS[kind].load,
-        "TRANSFORM": TRANSFORMS[kind].map,
-        "TRANSFORM_JVP": TRANSFORMS[kind].map_jvp,
+        "LOAD": transform(kind).load,
+        "TRANSFORM": transform(kind).map,
+        "TRANSFORM_JVP": transform(kind).map_jvp,
         "PADDING": PADDINGS[padding_mode].pad,
         "PADDING_VJP": PADDINGS[padding_mode].pad_vjp,
         "WEIGHT": INTERPOLATIONS[mode].weight,
@@ -119,9 +187,9 @@ def gather(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
 def scatter(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     """The stages of the scatter kernel: the gather's and the transform's gradient."""
     return gather(kind, mode, padding_mode) | {
-        "LOAD_VJP": TRANSFORMS[kind].load_vjp,
-        "TRANSFORM_VJP": TRANSFORMS[kind].map_vjp,
-        "TRANSFORM_VJP_JVP": TRANSFORMS[kind].map_vjp_jvp,
+        "LOAD_VJP": transform(kind).load_vjp,
+        "TRANSFORM_VJP": transform(kind).map_vjp,
+        "TRANSFORM_VJP_JVP": transform(kind).map_vjp_jvp,
     }
 
 
@@ -130,7 +198,7 @@ def walk(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     named = scatter(kind, mode, padding_mode)
     del named["PADDING"], named["PADDING_VJP"], named["TRANSFORM_VJP_JVP"]  # walked maps are linear so far
     return named | {
-        "ROWS": TRANSFORMS[kind].rows,
-        "COLUMNS": TRANSFORMS[kind].columns,
+        "ROWS": transform(kind).rows,
+        "COLUMNS": transform(kind).columns,
         "FOLDS": PADDINGS[padding_mode].folds,
     }

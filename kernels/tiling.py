@@ -98,3 +98,13 @@ def _tile(
     block_c, unroll = (held, 1) if channels_last else (1, held)
     block = _BLOCKS[dims][32 if block_c >= 8 else 128]
     return Tile(block, block_c, unroll, max(held, per_program), num_warps=4, max_registers=255 if double else cap)
+
+
+_MOST_PARTIALS = 2**18
+
+
+def shared_slots(programs: int, numbers: int) -> int:
+    """How many slots of partial sums the programs of a map share, where all maps together have so many numbers: one
+    for each, as long as that is a mebibyte of fp32 or less.
+    """
+    return max(1, min(programs, _MOST_PARTIALS // max(1, numbers)))

@@ -22,11 +22,12 @@ import triton
 import triton.language as tl
 
 from .coordinates import centred, middle, offset, pixels_per_unit
+from .matrix import rows, rows_vjp
 
 
 @triton.jit
 def affine_load(
-    parameters_ptr, strides, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """theta, (d, d+1) → the same matrix from centred output indices to centred source pixels."""
@@ -35,7 +36,7 @@ def affine_load(
 
 @triton.jit
 def affine_load_vjp(
-    gradients_ptr, gradients, strides, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share: the sum over its lanes."""
@@ -59,7 +60,7 @@ def _affine_scale(
 @triton.jit
 def affine(coefficients, u, input_size):
     x = ()
-    s = _rows(coefficients, u)
+    s = rows(coefficients, u)
     for a in tl.static_range(len(u)):
         # The middle comes last: what is added before rounds at its own, smaller magnitude.
         x = x + (s[a] + middle(input_size[a], s[a].dtype),)
@@ -68,12 +69,12 @@ def affine(coefficients, u, input_size):
 
 @triton.jit
 def affine_jvp(coefficients, t, u):
-    return _rows(t, u)
+    return rows(t, u)
 
 
 @triton.jit
 def affine_vjp(coefficients, u, g):
-    return _rows_vjp(g, u)
+    return rows_vjp(g, u)
 
 
 @triton.jit
@@ -178,7 +179,7 @@ def _clamp_interval(first, last, size):
 
 @triton.jit
 def projective_load(
-    parameters_ptr, strides, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """A homogeneous matrix, (d+1, d+1) → the same from centred output indices to centred source pixels."""
@@ -187,7 +188,7 @@ def projective_load(
 
 @triton.jit
 def projective_load_vjp(
-    gradients_ptr, gradients, strides, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share: the sum over its lanes."""
@@ -208,7 +209,7 @@ def projective(coefficients, u, input_size):
 def projective_jvp(coefficients, t, u):
     dims: tl.constexpr = len(u)
     inverse, y, ahead = _project(coefficients, u)
-    changes = _rows(t, u)
+    changes = rows(t, u)
     x = ()
     for a in tl.static_range(dims):
         x = x + (tl.where(ahead, (changes[a] - y[a] * changes[dims]) * inverse, 0.0),)
@@ -218,41 +219,41 @@ def projective_jvp(coefficients, t, u):
 @triton.jit
 def projective_vjp(coefficients, u, g):
     inverse, y, ahead = _project(coefficients, u)
-    rows = ()
+    scaled = ()
     last = tl.zeros_like(inverse)
     for a in tl.static_range(len(u)):
         row = tl.where(ahead, g[a] * inverse, 0.0)
-        rows = rows + (row,)
+        scaled = scaled + (row,)
         last -= row * y[a]
-    return _rows_vjp(rows + (last,), u)
+    return rows_vjp(scaled + (last,), u)
 
 
 @triton.jit
 def projective_vjp_jvp(coefficients, t, u, g):
     dims: tl.constexpr = len(u)
     inverse, y, ahead = _project(coefficients, u)
-    changes = _rows(t, u)
+    changes = rows(t, u)
     inverse_change = -inverse * inverse * changes[dims]
-    rows = ()
+    scaled = ()
     last = tl.zeros_like(inverse)
     for a in tl.static_range(dims):
         y_change = (changes[a] - y[a] * changes[dims]) * inverse
         row = tl.where(ahead, g[a] * inverse_change, 0.0)
-        rows = rows + (row,)
+        scaled = scaled + (row,)
         last -= row * y[a] + tl.where(ahead, g[a] * inverse * y_change, 0.0)
-    return _rows_vjp(rows + (last,), u)
+    return rows_vjp(scaled + (last,), u)
 
 
 @triton.jit
 def _project(coefficients, u):
     """The divisor's inverse, the source pixel from the middle, and whether it is ahead of infinity."""
     dims: tl.constexpr = len(u)
-    rows = _rows(coefficients, u)
-    ahead = rows[dims] > 1e-30
-    inverse = 1.0 / tl.where(ahead, rows[dims], 1.0)
+    products = rows(coefficients, u)
+    ahead = products[dims] > 1e-30
+    inverse = 1.0 / tl.where(ahead, products[dims], 1.0)
     y = ()
     for a in tl.static_range(dims):
-        y = y + (rows[a] * inverse,)
+        y = y + (products[a] * inverse,)
     return inverse, y, ahead
 
 
@@ -295,32 +296,8 @@ def _matrix_scale(
 
 
 @triton.jit
-def _rows(matrix, u):
-    """A matrix of len(u) + 1 columns, times (u, 1): one number per row."""
-    dims: tl.constexpr = len(u)
-    result = ()
-    for a in tl.static_range(len(matrix) // (dims + 1)):
-        s = matrix[a * (dims + 1) + dims]
-        # x comes last: a loop along a row then costs one multiply-add per axis.
-        for b in tl.static_range(dims):
-            s = tl.fma(matrix[a * (dims + 1) + dims - 1 - b], u[dims - 1 - b], s)
-        result = result + (s,)
-    return result
-
-
-@triton.jit
-def _rows_vjp(g, u):
-    gradients = ()
-    for a in tl.static_range(len(g)):
-        for b in tl.static_range(len(u)):
-            gradients = gradients + (g[a] * u[b],)
-        gradients = gradients + (g[a],)
-    return gradients
-
-
-@triton.jit
 def grid_load(
-    parameters_ptr, strides, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """An explicit grid, (*size, d), normalised → each lane's source pixel, in ATen's expression: a grid
@@ -341,33 +318,36 @@ def grid_load(
 
 @triton.jit
 def grid_load_vjp(
-    gradients_ptr, gradients, strides, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     scaled = ()
     for axis in tl.static_range(len(p)):
         scaled = scaled + (gradients[axis] * pixels_per_unit(input_size[axis], ALIGN_CORNERS, COMPUTE),)
     pixel_displacement_load_vjp(
-        gradients_ptr, scaled, strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX
-    )
+        gradients_ptr, scaled, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
+        ALIGN_CORNERS, COMPUTE, INDEX,
+    )  # fmt: skip
 
 
 @triton.jit
 def displacement_load(
-    parameters_ptr, strides, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The identity and a field, (*size, d), normalised → each lane's source pixel.
 
     The identity is added here, in fp32: a 16-bit field loses nothing of it.
     """
-    x = grid_load(parameters_ptr, strides, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True)
+    x = grid_load(
+        parameters_ptr, strides, links, chain, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True
+    )
     return x if TANGENT else _add_identity(x, p, input_size, output_size, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
 def pixel_displacement_load(
-    parameters_ptr, strides, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The identity and a field, (*size, d), in pixels of the input → each lane's source pixel."""
@@ -379,7 +359,7 @@ def pixel_displacement_load(
 
 @triton.jit
 def pixel_displacement_load_vjp(
-    gradients_ptr, gradients, strides, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     for axis in tl.static_range(len(p)):

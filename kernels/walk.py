@@ -19,6 +19,8 @@ per map and tile.
 With TANGENT, instead, what both gradients change by where the parameters move by
 parameters_tangent and, with INPUT_TANGENT, the input by input_tangent: a second derivative.
 
+With fill, what weighs outside the image has the value fill[c]: the transform's gradient reads input - fill.
+
 Under a padding mode that folds, the walk takes the samples strictly inside the image; the others
 have been scattered into grad_input before, and the walk starts from what lies there.
 """
@@ -27,7 +29,7 @@ import triton
 import triton.language as tl
 
 from . import launch, tuples
-from .coordinates import block_offset, centred, image_start, lanes, load_block, tile_count, tile_index
+from .coordinates import block_offset, centred, image_start, lanes, load_block, load_fill, tile_count, tile_index
 from .interpolation import product, product_jvp, product_vjp, product_vjp_jvp, touches
 from .padding import strictly_inside
 
@@ -40,6 +42,7 @@ def walk_kernel(
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     grad_input_strides, gradients_strides, gradients_stride_slot, grad_output_strides,
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
+    fill_ptr,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -75,13 +78,13 @@ def walk_kernel(
     for k in range(maps):
         coefficients = LOAD(
             parameters_ptr + k * parameters_strides[1],
-            None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
+            None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
         )  # fmt: skip
         tangents = ()
         if TANGENT:
             tangents = LOAD(
                 parameters_tangent_ptr + k * parameters_tangent_strides[1],
-                None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
+                None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
             )  # fmt: skip
         gradients = tuples.zeros(len(coefficients), (LANES,), COMPUTE)
         grad_output_map = image_start(grad_output_ptr, n * maps + k, grad_output_batch, grad_output_strides)
@@ -101,6 +104,8 @@ def walk_kernel(
                 values = _load_channels(
                     input_ptr, pixel, input_strides, pixel_mask, channels, BLOCK_C, UNROLL, INDEX, COMPUTE
                 )
+                if fill_ptr is not None:
+                    values = _subtract_fill(values, fill_ptr, channels, COMPUTE)
             if NEED_PARAMETERS and INPUT_TANGENT:
                 value_tangents = _load_channels(
                     input_tangent_ptr, pixel, input_tangent_strides, pixel_mask, channels,
@@ -157,7 +162,7 @@ def walk_kernel(
             slot = tile * tl.num_programs(1) + tl.program_id(1)
             LOAD_VJP(
                 gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
-                gradients, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+                gradients, None, None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
             )  # fmt: skip
 
     for block in tl.static_range(UNROLL):
@@ -187,6 +192,15 @@ def _load_channels(
         in_block = mask[:, None] & (c < channels)[None, :]
         blocks = blocks + (load_block(ptr, pixel, c, strides, in_block, INDEX, COMPUTE),)
     return blocks
+
+
+@triton.jit
+def _subtract_fill(blocks, fill_ptr, channels, COMPUTE: tl.constexpr):
+    result = ()
+    for block in tl.static_range(len(blocks)):
+        c = _channels(block, blocks[0].shape[1], len(blocks))
+        result = result + (blocks[block] - load_fill(fill_ptr, c, channels, COMPUTE),)
+    return result
 
 
 @triton.jit

@@ -10,6 +10,7 @@ if DEVICE == "cpu":
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import tri_stn.kernels  # noqa: E402  here, while the variable is set, whichever test comes first
 
 import tri_stn  # noqa: E402
 

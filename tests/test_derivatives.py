@@ -74,18 +74,19 @@ def test_kernels_change_as_the_reference_does(backend, monkeypatch, case):
         parameters, changes[1] = parameters.unsqueeze(1), changes[1].unsqueeze(1)
     else:
         output_grad = output_grad.flatten(0, 1)
-    options = (case.kind, case.mode, case.padding_mode, case.align_corners)
-    layout = (case.input_size, case.arrangement == "channels_last", True, True)
+    options = (case.kind, case.mode, case.padding_mode, case.align_corners, 1)
+    layout = (case.input_size, case.arrangement == "channels_last")
+    forward = (case.size, "", False)
     operators = torch.ops.tri_stn
 
     def run(device):
         x, theta, g, dx, dtheta = (t.to(device) for t in (image, parameters, output_grad, *changes))
         return [
-            operators.warp_forward(x, theta, dx, dtheta, case.size, *options),
-            operators.warp_forward(x, theta, None, dtheta, case.size, *options),
-            *operators.warp_backward(g, x, theta, dx, dtheta, *layout, *options),
-            operators.warp_backward(g, x, theta, None, dtheta, *layout[:2], False, True, *options)[1],
-            operators.warp_backward(g, None, theta, None, dtheta, *layout[:2], True, False, *options)[0],
+            operators.warp_forward(x, theta, None, None, dx, dtheta, *forward, *options)[0],
+            operators.warp_forward(x, theta, None, None, None, dtheta, *forward, *options)[0],
+            *operators.warp_backward(g, x, theta, None, None, dx, dtheta, *layout, True, True, False, *options)[:2],
+            operators.warp_backward(g, x, theta, None, None, None, dtheta, *layout, False, True, False, *options)[1],
+            operators.warp_backward(g, None, theta, None, None, None, dtheta, *layout, True, False, False, *options)[0],
         ]
 
     actual = run(backend)

@@ -79,5 +79,5 @@ def test_many_channels_have_one_writer_of_the_grids_gradient(backend):
 @pytest.mark.parametrize("kind", ["grid", "displacement"])
 def test_opcheck(backend, kind):
     image, field = torch.rand(2, 3, 5, 4, device=backend), torch.rand(2, 1, 3, 4, 2, device=backend)
-    args = (image.requires_grad_(), field.requires_grad_(), [3, 4], kind, "bicubic", "border", False)
+    args = (image.requires_grad_(), field.requires_grad_(), None, None, [3, 4], "", kind, "bicubic", "border", False, 1)
     torch.library.opcheck(torch.ops.tri_stn.warp.default, args)

@@ -13,7 +13,7 @@ import tri_stn
 from tri_stn import ops
 from tri_stn.testing import Case
 
-OPTIONS = ("affine", "bilinear", "border", False)
+OPTIONS = ("affine", "bilinear", "border", False, 1)
 
 
 def arguments(device, dtype=torch.float32, channels_last=False):
@@ -29,13 +29,17 @@ def test_opcheck(backend, dtype, channels_last):
     ops = torch.ops.tri_stn
     interpreted = "TRITON_INTERPRET" in os.environ  # slow, and registered no otherwise
     for tangents in ((None, None), (image, theta), (None, theta))[: 1 if interpreted else 3]:
-        torch.library.opcheck(ops.warp_forward.default, (image, theta, *tangents, [4, 5], *OPTIONS))
+        args = (image, theta, None, None, *tangents, [4, 5], "", False, *OPTIONS)
+        torch.library.opcheck(ops.warp_forward.default, args)
         for needs in ((True, True), (True, False), (False, True))[: 1 if interpreted else 3]:
             kept = image if needs[1] else None
-            args = (grad.flatten(0, 1), kept, theta, *tangents, list(image.shape[2:]), channels_last, *needs, *OPTIONS)
+            tensors = (grad.flatten(0, 1), kept, theta, None, None, *tangents)
+            args = (*tensors, list(image.shape[2:]), channels_last, *needs, False, *OPTIONS)
             torch.library.opcheck(ops.warp_backward.default, args)
-    torch.library.opcheck(ops.warp.default, (image.requires_grad_(), theta.requires_grad_(), [4, 5], *OPTIONS))
-    torch.library.opcheck(ops.splat.default, (grad.flatten(0, 1).requires_grad_(), theta, [5, 4], *OPTIONS))
+    torch.library.opcheck(
+        ops.warp.default, (image.requires_grad_(), theta.requires_grad_(), None, None, [4, 5], "", *OPTIONS)
+    )
+    torch.library.opcheck(ops.splat.default, (grad.flatten(0, 1).requires_grad_(), theta, None, [5, 4], *OPTIONS))
 
 
 def test_compile_with_dynamic_batch(backend):
@@ -105,10 +109,10 @@ def test_one_pass_allocates_nothing_the_size_of_an_image(dtype, layout, monkeypa
     image = torch.empty(2, 8, 256, 256, dtype=dtype, device=DEVICE).contiguous(memory_format=layout)
     theta = torch.empty(2, 1, 2, 3, device=DEVICE)
     with Allocations() as log:
-        options = "affine", "bilinear", "zeros", False
-        output = ops._warp_forward(image, theta, None, None, image.shape[2:], *options)
-        flags = layout == torch.channels_last, True, True
-        ops._warp_backward(output, image, theta, None, None, image.shape[2:], *flags, *options)
+        options, none = ("affine", "bilinear", "zeros", False, 1), [None] * 4
+        output, _ = ops._warp_forward(image, theta, *none, image.shape[2:], "", False, *options)
+        flags = layout == torch.channels_last, True, True, False
+        ops._warp_backward(output, image, theta, *none, image.shape[2:], *flags, *options)
     sizes = sorted(t.numel() * t.element_size() for t in log.tensors)
     assert launches == ["gather_kernel", "walk_kernel"]
     assert sizes[-2:] == [image.numel() * image.element_size()] * 2, "the output and grad_input, once each"

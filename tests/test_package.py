@@ -24,10 +24,11 @@ def python(code, cwd, *arguments, **kwargs):
 
 
 def test_public_names():
-    transforms = ["Affine", "Attention", "Displacement", "Grid", "Projective", "Similarity", "Velocity"]
+    transforms = ["Affine", "Attention", "Compose", "Displacement", "FreeForm", "Grid", "LinearBasis"]
+    transforms += ["PiecewiseAffine", "Projective", "Similarity", "ThinPlateSpline", "Velocity"]
     builders = ["boxes", "compose", "crop_box", "from_pixel_matrix", "invert"]
     builders += ["rotation", "scaling", "shear", "to_pixel_matrix", "translation"]
-    samplers = ["affine_grid", "fuse", "grid_sample", "splat", "warp"]
+    samplers = ["affine_grid", "fuse", "grid_sample", "register_transform", "splat", "warp"]
     assert tri_stn.__all__ == sorted(transforms + builders + samplers)
     assert all(getattr(tri_stn, name).__doc__ for name in tri_stn.__all__)
 

@@ -41,7 +41,10 @@ def test_nothing_spills(rows):
 
 
 def test_only_the_scatter_has_atomics(rows):
-    assert offenders(rows, lambda row: row["atomics"] and row["kernel"] != "scatter") == []
+    """And the reduction onto the many numbers of a chain, whose programs share slots."""
+    allowed = {id(row) for row in rows if row["kernel"] == "reduce" and ("[" in row["stages"] or "+d" in row["stages"])}
+    assert allowed
+    assert offenders(rows, lambda r: r["atomics"] and r["kernel"] != "scatter" and id(r) not in allowed) == []
     assert all(row["atomics"] for row in rows if row["kernel"] == "scatter")
 
 

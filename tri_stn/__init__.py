@@ -1,6 +1,7 @@
 """Spatial transformer sampling for PyTorch, fused in Triton: no grid is ever stored."""
 
 from .diffeomorphic import Velocity
+from .extend import register_transform
 from .functional import grid_sample, splat, warp
 from .fuse import fuse
 from .lazy import affine_grid
@@ -16,17 +17,34 @@ from .matrices import (
     to_pixel_matrix,
     translation,
 )
-from .transforms import Affine, Attention, Displacement, Grid, Projective, Similarity
+from .transforms import (
+    Affine,
+    Attention,
+    Compose,
+    Displacement,
+    FreeForm,
+    Grid,
+    LinearBasis,
+    PiecewiseAffine,
+    Projective,
+    Similarity,
+    ThinPlateSpline,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Affine",
     "Attention",
+    "Compose",
     "Displacement",
+    "FreeForm",
     "Grid",
+    "LinearBasis",
+    "PiecewiseAffine",
     "Projective",
     "Similarity",
+    "ThinPlateSpline",
     "Velocity",
     "affine_grid",
     "boxes",
@@ -36,6 +54,7 @@ __all__ = [
     "fuse",
     "grid_sample",
     "invert",
+    "register_transform",
     "rotation",
     "scaling",
     "shear",

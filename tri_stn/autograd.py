@@ -13,49 +13,114 @@ one pass of the same kernels, and each one's derivatives are among the four. Thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from . import ops
+from . import ops, points, reference
 
-Options = tuple[str, str, str, bool]
-"""Kind of transform, mode, padding_mode, align_corners."""
+Options = tuple[str, str, str, bool, int]
+"""Kind of transform, mode, padding_mode, align_corners, supersample."""
 _Optional = Tensor | None
 
 
-def warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+def warp(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, *options: Any,
+) -> Tensor:  # fmt: skip
     """Input (M, C, *input_size) read through parameters (M, K, …) → (M * K, C, *size)."""
     if torch.compiler.is_exporting():
-        return torch.ops.tri_stn.warp(input, parameters, size, *options)
+        return torch.ops.tri_stn.warp(input, parameters, auxiliary, fill, size, project, *options)
     if torch.compiler.is_compiling():
         from . import graph  # noqa: F401
-    return _warp(input, parameters, size, *options)
+    return _warp(input, parameters, auxiliary, fill, size, project, *options)
 
 
-def splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+def warp_with_mask(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`warp`, and (M * K, 1, *size): the share of each output pixel's weight that lies inside the image."""
+    if torch.compiler.is_exporting():
+        return torch.ops.tri_stn.warp_with_mask(input, parameters, auxiliary, fill, size, project, *options)
+    if torch.compiler.is_compiling():
+        from . import graph  # noqa: F401
+    return _warp_with_mask(input, parameters, auxiliary, fill, size, project, *options)
+
+
+def splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
     """The adjoint of `warp` in its input: (M * K, C, *input_size) added up to (M, C, *size)."""
     if torch.compiler.is_exporting():
-        return torch.ops.tri_stn.splat(input, parameters, size, *options)
+        return torch.ops.tri_stn.splat(input, parameters, auxiliary, size, *options)
     if torch.compiler.is_compiling():
         from . import graph  # noqa: F401
-    return _splat(input, parameters, size, *options)
+    return _splat(input, parameters, auxiliary, size, *options)
 
 
-def _warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
-    return _apply(_Warp, input, parameters, size, options)
+def _warp(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, *options: Any,
+) -> Tensor:  # fmt: skip
+    return _apply(_Warp, *_prepared(input, parameters, auxiliary, fill, size, project, options))
 
 
-def _splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
+def _warp_with_mask(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _apply(_WarpWithMask, *_prepared(input, parameters, auxiliary, fill, size, project, options))
+
+
+def _prepared(
+    input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    size: Sequence[int], project: str, options: tuple,
+) -> tuple:  # fmt: skip
+    """The same arguments; a chain as a grid where its own derivatives would not do."""
+    if _is_chain(options) and (ops.is_deterministic() or torch._C._are_functorch_transforms_active()):
+        parameters, auxiliary, options = _as_grid(parameters, auxiliary, size, input.shape[2:], input.dtype, options)
+    return input, parameters, auxiliary, fill, size, project, options
+
+
+def _splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
     layout = size, ops.is_channels_last(input)
-    return _apply(_Backward, input, None, parameters, layout, (True, False), options)[0]
+    differentiates = any(t is not None and t.requires_grad for t in (parameters, auxiliary))
+    if _is_chain(options) and (
+        ops.is_deterministic()
+        or torch._C._are_functorch_transforms_active()
+        or (differentiates and not points.is_linear(options[0]))
+    ):
+        parameters, auxiliary, options = _as_grid(parameters, auxiliary, input.shape[2:], size, input.dtype, options)
+    return _apply(_Backward, input, None, parameters, auxiliary, None, layout, (True, False, False), options)[0]
 
 
 ops.library.impl("warp", _warp, "Autograd")
+ops.library.impl("warp_with_mask", _warp_with_mask, "Autograd")
 ops.library.impl("splat", _splat, "Autograd")
+
+
+def _is_chain(options: Sequence[Any]) -> bool:
+    return options[0] not in reference.TRANSFORMS
+
+
+def _as_grid(
+    parameters: Tensor, auxiliary: _Optional, size: Sequence[int], input_size: Sequence[int], dtype: torch.dtype,
+    options: Sequence[Any],
+) -> tuple[Tensor, None, tuple]:  # fmt: skip
+    """A chain as a grid that is stored, and differentiated by torch: for `torch.func`, for derivatives that no kernel
+    has, and for sums whose order must not matter.
+    """
+    kind, *rest, align_corners, supersample = options
+    if supersample != 1:
+        raise NotImplementedError(
+            f"Several samples per pixel through {kind!r} have first derivatives in eager code only: not under "
+            "torch.func or deterministic algorithms, and no second ones. Leave antialias and supersample out there."
+        )
+    grid = points.grid(kind, parameters, auxiliary, size, input_size, align_corners, reference.compute_dtype(dtype))
+    return grid, None, ("grid", *rest, align_corners, supersample)
 
 
 def _apply(function: Any, *args: Any) -> Any:
@@ -93,32 +158,118 @@ class _Warp(torch.autograd.Function):
     """F(x, θ)."""
 
     @staticmethod
-    def forward(input: Tensor, parameters: Tensor, size: Sequence[int], options: Options) -> Tensor:
-        return torch.ops.tri_stn.warp_forward(input, parameters, None, None, size, *options)
+    def forward(
+        input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+        size: Sequence[int], project: str, options: Options,
+    ) -> Tensor:  # fmt: skip
+        tensors = input, parameters, auxiliary, fill, None, None
+        return torch.ops.tri_stn.warp_forward(*tensors, size, project, False, *options)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        input, parameters, ctx.size, ctx.options = inputs
+        input, parameters, auxiliary, fill, ctx.size, ctx.project, ctx.options = inputs
         # The warp is linear in the image: only the transform's gradient has to see it again.
-        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, parameters)
-        ctx.save_for_forward(input, parameters)
+        kept = input if any(ctx.needs_input_grad[1:3]) else None
+        ctx.save_for_backward(kept, parameters, auxiliary, fill)
+        ctx.save_for_forward(input, parameters, auxiliary, fill)
         ctx.layout = input.shape[2:], ops.is_channels_last(input)
+        ctx.set_materialize_grads(False)  # a tangent that is there but zero would cost a pass
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        input, parameters = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        gradients = _apply(_Backward, grad_output, input, parameters, ctx.layout, needs, ctx.options)
-        return *_wanted(gradients, needs), None, None
+    def backward(ctx: Any, grad_output: _Optional) -> tuple:
+        if grad_output is None:
+            return (None,) * 7
+        needs = ctx.needs_input_grad[:3]
+        again = _is_chain(ctx.options) and torch.is_grad_enabled() and not points.is_linear(ctx.options[0])
+        backward: Callable[..., Any] = _backward_through_grid if again else functools.partial(_apply, _Backward)
+        gradients = backward(grad_output, *ctx.saved_tensors, ctx.layout, needs, ctx.options)
+        return *_wanted(gradients, needs), None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, *_: Any) -> Tensor:
-        input, parameters = ctx.saved_tensors
-        return _change(input, parameters, input_tangent, parameters_tangent, ctx.size, ctx.options)
+    def jvp(
+        ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional,
+        auxiliary_tangent: _Optional, fill_tangent: _Optional, *_: Any,
+    ) -> Any:  # fmt: skip
+        if fill_tangent is not None:
+            raise ValueError(FILL_IS_CONSTANT)
+        input, parameters, auxiliary, fill = ctx.saved_tensors
+        options = ctx.options
+        if _is_chain(options) and not points.is_linear(options[0]):
+            where = ctx.size, input.shape[2:], input.dtype, options
+            given = (parameters, parameters_tangent), (auxiliary, auxiliary_tangent)
+            moved = [(t, torch.zeros_like(t) if dt is None else dt) for t, dt in given if t is not None]
+            parameters, parameters_tangent = _torch_jvp(
+                lambda numbers, field=None: _as_grid(numbers, field, *where)[0],
+                [t for t, _ in moved],
+                [dt for _, dt in moved],
+            )
+            auxiliary, options = None, ("grid", *options[1:])
+        tensors = input, parameters, auxiliary, fill, input_tangent, parameters_tangent
+        return _change(*tensors, ctx.size, ctx.project, options)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Warp, info, in_dims, *args, per=(1, 1))
+        _check_shared(in_dims[3])
+        return _vmap(_Warp, info, in_dims, *args, per=(1, 1, 0, 0))
+
+
+class _WarpWithMask(_Warp):
+    """F(x, θ), and the share of its weights that lies inside the image, which counts as a constant."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+        size: Sequence[int], project: str, options: Options,
+    ) -> Any:  # fmt: skip
+        tensors = input, parameters, auxiliary, fill, None, None
+        return torch.ops.tri_stn.warp_forward(*tensors, size, project, True, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        _Warp.setup_context(ctx, inputs, output[0])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: _Optional, *_: Any) -> tuple:
+        return _Warp.backward(ctx, grad_output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        return _Warp.jvp(ctx, *tangents), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
+        _check_shared(in_dims[3])
+        return _vmap(_WarpWithMask, info, in_dims, *args, per=(1, 1, 0, 0))
+
+
+def _torch_jvp(
+    function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A function's value and its change along tangents, by two reverse passes: forward mode does not nest."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in primals]
+        value = function(*leaves)
+        along = torch.zeros_like(value, requires_grad=True)
+        backward = torch.autograd.grad(value, leaves, along, create_graph=True, materialize_grads=True)
+        (change,) = torch.autograd.grad(backward, along, tangents)
+    return value.detach(), change
+
+
+def _backward_through_grid(
+    grad_output: Tensor, input: _Optional, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    layout: tuple, needs: Sequence[bool], options: Options,
+) -> list[_Optional]:  # fmt: skip
+    """A chain's backward pass as one that can be differentiated again."""
+    grid, _, grid_options = _as_grid(
+        parameters, auxiliary, grad_output.shape[2:], layout[0], grad_output.dtype, options
+    )
+    tensors = grad_output, input, grid, None, fill
+    asked = needs[0], any(needs[1:]), False
+    grad_input, grad_grid, _ = _apply(_Backward, *tensors, layout, asked, grid_options)
+    sources = [t for t, need in zip((parameters, auxiliary), needs[1:], strict=True) if need and t is not None]
+    found = iter(torch.autograd.grad(grid, sources, grad_grid, create_graph=True, allow_unused=True) if sources else ())
+    return [grad_input, *(next(found) if need else None for need in needs[1:])]
 
 
 class _Backward(torch.autograd.Function):
@@ -126,21 +277,22 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output: Tensor, input: _Optional, parameters: Tensor,
-        layout: tuple, needs: tuple[bool, bool], options: Options,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return torch.ops.tri_stn.warp_backward(grad_output, input, parameters, None, None, *layout, *needs, *options)
+        grad_output: Tensor, input: _Optional, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+        layout: tuple, needs: tuple[bool, bool, bool], options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        tensors = grad_output, input, parameters, auxiliary, fill, None, None
+        return torch.ops.tri_stn.warp_backward(*tensors, *layout, *needs, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_output, input, parameters, ctx.layout, ctx.needs, ctx.options = inputs
-        ctx.save_for_backward(grad_output, input, parameters)
-        ctx.save_for_forward(grad_output, input, parameters)
+        *tensors, ctx.layout, ctx.needs, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional) -> tuple:
-        grad_output, input, parameters = ctx.saved_tensors
+    def backward(ctx: Any, input_tangent: _Optional, parameters_tangent: _Optional, _: _Optional) -> tuple:
+        grad_output, input, parameters, auxiliary, fill = ctx.saved_tensors
         wants = ctx.needs_input_grad[:3]
         if not ctx.needs[0]:
             input_tangent = None
@@ -149,24 +301,24 @@ class _Backward(torch.autograd.Function):
         grad_grad = None
         if wants[0] and not (input_tangent is None and parameters_tangent is None):
             size = grad_output.shape[2:]
-            grad_grad = _change(input, parameters, input_tangent, parameters_tangent, size, ctx.options)
-        gradients = _backward_change(
-            grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, wants[1:], ctx.options
-        )
-        return grad_grad, *gradients, None, None, None
+            tensors = input, parameters, auxiliary, fill, input_tangent, parameters_tangent
+            grad_grad = _change(*tensors, size, "", ctx.options)
+        tensors = grad_output, input, parameters, fill, input_tangent, parameters_tangent
+        gradients = _backward_change(*tensors, ctx.layout, wants[1:], ctx.options)
+        return grad_grad, *gradients, None, None, None, None, None
 
     @staticmethod
     def jvp(
         ctx: Any, grad_tangent: _Optional, input_tangent: _Optional, parameters_tangent: _Optional, *_: Any
-    ) -> tuple[Tensor, Tensor]:
-        grad_output, input, parameters = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_output, input, parameters, auxiliary, fill = ctx.saved_tensors
         sums: list[_Optional] = [None, None]
         if grad_tangent is not None:
-            results = _apply(_Backward, grad_tangent, input, parameters, ctx.layout, ctx.needs, ctx.options)
-            sums = _wanted(results, ctx.needs)
-        changes = _backward_change(
-            grad_output, input, parameters, input_tangent, parameters_tangent, ctx.layout, ctx.needs, ctx.options
-        )
+            moved = grad_tangent, input, parameters, auxiliary, fill
+            results = _apply(_Backward, *moved, ctx.layout, ctx.needs, ctx.options)
+            sums = _wanted(results[:2], ctx.needs[:2])
+        tensors = grad_output, input, parameters, fill, input_tangent, parameters_tangent
+        changes = _backward_change(*tensors, ctx.layout, ctx.needs[:2], ctx.options)
         sums = [
             change if s is None else s if change is None else s + change
             for s, change in zip(sums, changes, strict=True)
@@ -175,11 +327,11 @@ class _Backward(torch.autograd.Function):
         for i, (like, shape) in enumerate(zip((grad_output, parameters), shapes, strict=True)):
             if sums[i] is None:
                 sums[i] = like.new_zeros(shape if ctx.needs[i] else (0,))
-        return sums[0], sums[1]  # type: ignore[return-value]
+        return sums[0], sums[1], parameters.new_zeros(0)  # type: ignore[return-value]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1))
+        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 0, 0))
 
 
 class _Change(torch.autograd.Function):
@@ -187,32 +339,33 @@ class _Change(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, parameters: Tensor, input_tangent: _Optional, parameters_tangent: Tensor,
-        size: Sequence[int], options: Options,
+        input: Tensor, parameters: Tensor, fill: _Optional, input_tangent: _Optional, parameters_tangent: Tensor,
+        size: Sequence[int], project: str, options: Options,
     ) -> Tensor:  # fmt: skip
-        return torch.ops.tri_stn.warp_forward(input, parameters, input_tangent, parameters_tangent, size, *options)
+        tensors = input, parameters, None, fill, input_tangent, parameters_tangent
+        return torch.ops.tri_stn.warp_forward(*tensors, size, project, False, *options)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, _, ctx.options = inputs
+        *tensors, _, ctx.project, ctx.options = inputs
         ctx.save_for_backward(*tensors)
         ctx.layout = tensors[0].shape[2:], ops.is_channels_last(tensors[0])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        input, parameters, input_tangent, parameters_tangent = ctx.saved_tensors
-        results: list[_Optional] = [None] * 4
-        for first, function, directions in (
-            (0, _BackwardChange, (input_tangent, parameters_tangent)),
-            (2, _Backward, ()),
-        ):
-            needs = ctx.needs_input_grad[first : first + 2]
-            if any(needs):
-                gradients = _apply(
-                    function, grad_output, input, parameters, *directions, ctx.layout, needs, ctx.options
-                )
-                results[first : first + 2] = _wanted(gradients, needs)
-        return *results, None, None
+        input, parameters, fill, *tangents = ctx.saved_tensors
+        results: list[_Optional] = [None] * 5
+        needs = ctx.needs_input_grad[:2]
+        if any(needs):
+            tensors = grad_output, input, parameters, fill, *tangents
+            gradients = _apply(_BackwardChange, *tensors, ctx.layout, needs, ctx.options)
+            results[:2] = _wanted(gradients, needs)
+        needs = ctx.needs_input_grad[3:5]
+        if any(needs):
+            tensors = grad_output, input, parameters, None, fill
+            gradients = _apply(_Backward, *tensors, ctx.layout, (*needs, False), ctx.options)
+            results[3:] = _wanted(gradients[:2], needs)
+        return *results, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Tensor:
@@ -223,7 +376,7 @@ class _Change(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Change, info, in_dims, *args, per=(1, 1, 1, 1))
+        return _vmap(_Change, info, in_dims, *args, per=(1, 1, 0, 1, 1))
 
 
 class _BackwardChange(torch.autograd.Function):
@@ -231,12 +384,12 @@ class _BackwardChange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad_output: Tensor, input: _Optional, parameters: Tensor, input_tangent: _Optional, parameters_tangent: Tensor,
+        grad_output: Tensor, input: _Optional, parameters: Tensor, fill: _Optional,
+        input_tangent: _Optional, parameters_tangent: Tensor,
         layout: tuple, needs: tuple[bool, bool], options: Options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return torch.ops.tri_stn.warp_backward(
-            grad_output, input, parameters, input_tangent, parameters_tangent, *layout, *needs, *options
-        )
+        tensors = grad_output, input, parameters, None, fill, input_tangent, parameters_tangent
+        return torch.ops.tri_stn.warp_backward(*tensors, *layout, *needs, False, *options)[:2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -252,7 +405,7 @@ class _BackwardChange(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_BackwardChange, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 1, 1))
+        return _vmap(_BackwardChange, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 0, 1, 1))
 
 
 def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[_Optional]:
@@ -261,31 +414,45 @@ def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[_Option
 
 
 def _change(
-    input: _Optional, parameters: Tensor, input_tangent: _Optional, parameters_tangent: _Optional,
-    size: Sequence[int], options: Options,
+    input: _Optional, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
+    input_tangent: _Optional, parameters_tangent: _Optional,
+    size: Sequence[int], project: str, options: Options,
 ) -> Tensor:  # fmt: skip
     """F' with either tangent; nearest changes with the input alone."""
     if parameters_tangent is not None and options[1] != "nearest":
-        return _apply(_Change, input, parameters, input_tangent, parameters_tangent, size, options)
+        tensors = input, parameters, fill, input_tangent, parameters_tangent
+        return _apply(_Change, *tensors, size, project, options)
     if input_tangent is not None:
-        return _apply(_Warp, input_tangent, parameters, size, options)
+        return _apply(_Warp, input_tangent, parameters, auxiliary, None, size, project, options)
     assert input is not None
     return input.new_zeros((parameters.shape[0] * parameters.shape[1], input.shape[1], *size))
 
 
 def _backward_change(
-    grad_output: Tensor, input: _Optional, parameters: Tensor,
+    grad_output: Tensor, input: _Optional, parameters: Tensor, fill: _Optional,
     input_tangent: _Optional, parameters_tangent: _Optional,
     layout: tuple, needs: Sequence[bool], options: Options,
 ) -> list[_Optional]:  # fmt: skip
     """B' with either tangent, None for what is not asked for or does not change."""
     if parameters_tangent is not None and options[1] != "nearest" and any(needs):
-        tensors = grad_output, input, parameters, input_tangent, parameters_tangent
+        tensors = grad_output, input, parameters, fill, input_tangent, parameters_tangent
         return _wanted(_apply(_BackwardChange, *tensors, layout, needs, options), needs)
     if input_tangent is not None and needs[1]:  # θ's gradient is linear in the image
         needs = (False, True)
-        return _wanted(_apply(_Backward, grad_output, input_tangent, parameters, layout, needs, options), needs)
+        moved = grad_output, input_tangent, parameters, None, None
+        return _wanted(_apply(_Backward, *moved, layout, (*needs, False), options)[:2], needs)
     return [None, None]
+
+
+FILL_IS_CONSTANT = "warp takes no derivative with respect to fill. Detach it, for example with fill.detach()."
+
+
+def _check_shared(fill_dim: int | None) -> None:
+    if fill_dim is not None:
+        raise ValueError(
+            "torch.vmap cannot map over fill, which is one value per channel for all images. Take fill from outside "
+            "of the mapped function, or warp ones for a mask and fill afterwards."
+        )
 
 
 def _maps(parameters: Tensor, dim: int | None) -> int:

@@ -6,13 +6,12 @@ grid is made here either, and autograd keeps the fields alone.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .functional import warp
-from .transforms import Displacement, _Dense, _wide
+from .transforms import Displacement, _Dense, _wide, once
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +53,7 @@ class Velocity(_Dense):
     def kind(self) -> str:
         return Displacement(self.field, self.unit).kind
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         """The displacement that the flow amounts to, in the field's unit; fp32 for a 16-bit field."""
         moved = _wide(self.field) / 2**self.steps
@@ -82,8 +81,7 @@ def _read_at(field: Tensor, displacement: Tensor, unit: str, align_corners: bool
     """The field, (N, *size, d) or (N, K, *size, d), read where the displacement of the same shape leads."""
     dims = field.shape[-1]
     image, moved = (t.flatten(0, -dims - 2) for t in (field, displacement))
-    options = {"padding_mode": "border", "align_corners": align_corners}
-    output = warp(image.movedim(-1, 1), Displacement(moved, unit), **options)  # type: ignore[arg-type]
+    output = warp(image.movedim(-1, 1), Displacement(moved, unit), padding_mode="border", align_corners=align_corners)
     return output.movedim(1, -1).view(field.shape)
 
 

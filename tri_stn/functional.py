@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,25 @@ LARGEST_AXIS = 2**24
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
+Fill = float | complex | Sequence[float] | Sequence[complex] | Tensor
+
+
+@overload
+def warp(
+    input: Tensor, transform: Transform, size: Sequence[int] | None = None, *,
+    mode: str = ..., padding_mode: str = ..., align_corners: bool = ...,
+    fill: Fill = ..., return_mask: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def warp(
+    input: Tensor, transform: Transform, size: Sequence[int] | None = None, *,
+    mode: str = ..., padding_mode: str = ..., align_corners: bool = ...,
+    fill: Fill = ..., return_mask: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def warp(
     input: Tensor,
     transform: Transform,
@@ -27,7 +46,9 @@ def warp(
     mode: str = "bilinear",
     padding_mode: str = "zeros",
     align_corners: bool = False,
-) -> Tensor:
+    fill: Fill = 0,  # not 0.0: torch.compile takes a default for a number that may vary
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Read ``input`` where ``transform`` looks: the sampler of a spatial transformer network.
 
     Equivalent to::
@@ -49,10 +70,20 @@ def warp(
         padding_mode: what lies outside the image: "zeros", "border" or "reflection".
         align_corners: whether -1 and 1 are the centres of the outermost pixels (True) or their
             outer edges (False), as in `torch.nn.functional.grid_sample`.
+        fill: with padding_mode "zeros", the value of what lies outside the image, instead of 0: a number, C
+            numbers (which take a small copy to the device), or a tensor (C,) on the input's device, such
+            as the dataset's mean. A constant: it has no gradient, and `torch.vmap` does not map over it.
+            One that is not finite marks what lies outside, but makes a gradient of the transform NaN.
+        return_mask: also return how much of each output pixel comes from the image, from the same pass.
 
     Returns:
         (N, C, *size), or (N, K, C, *size) for K maps per image, in the input's dtype.
         Coordinates and sums are fp32 (fp64 for fp64 input), under autocast too.
+
+        With ``return_mask``, a pair: that, and the mask (N, [K,] 1, *size) in the input's (real) dtype. It is
+        ``warp(ones, transform, size, mode=mode)``, whatever the padding mode: the share of the pixel's
+        weight that lies inside the image, exactly 1 where all of it does and 0 where none. It is a
+        constant: no gradient flows through it.
 
     Raises:
         TypeError: a tensor is not of a supported dtype, or an argument not of a supported type.
@@ -60,7 +91,7 @@ def warp(
 
     Source: Jaderberg et al. 2015, equations 1 to 7. At borders and ties, gradients follow ATen.
     """
-    _check_call("warp", input, transform, mode, padding_mode, align_corners)
+    parameters = _check_call("warp", input, transform, mode, padding_mode, align_corners)
     dims = transform.dims
     if input.dim() != dims + 2:
         raise ValueError(
@@ -78,12 +109,25 @@ def warp(
             f"This {type(transform).__name__} has one map per pixel of an output of size {tuple(transform.size)}; got "
             f"size {size}. Leave size out."
         )
+    if not isinstance(return_mask, bool):
+        raise TypeError(f"return_mask must be True or False; got {return_mask!r}.")
+    fills = _check_fill(fill, input, padding_mode)
     if input.is_complex():
         options: Any = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
-        return torch.complex(*(warp(part, transform, size, **options) for part in (input.real, input.imag)))
+        real_fill, imag_fill = (0.0, 0.0) if fills is None else (fills.real, fills.imag)
+        imag = warp(input.imag, transform, size, fill=imag_fill, **options)
+        if not return_mask:
+            return torch.complex(warp(input.real, transform, size, fill=real_fill, **options), imag)
+        real, mask = warp(input.real, transform, size, fill=real_fill, return_mask=True, **options)
+        return torch.complex(real, imag), mask
 
-    parameters, batch = _match_batch(input, transform.parameters, transform.batch)
-    output = autograd.warp(input, parameters, size, transform.kind, mode, padding_mode, align_corners)
+    parameters, batch = _match_batch(input, parameters, transform.batch)
+    auxiliary = _match_auxiliary(input, transform)
+    arguments = (input, parameters, auxiliary, fills, size, "", transform.kind, mode, padding_mode, align_corners, 1)
+    if return_mask:
+        output, mask = autograd.warp_with_mask(*arguments)
+        return (output.unflatten(0, batch), mask.unflatten(0, batch)) if len(batch) == 2 else (output, mask)
+    output = autograd.warp(*arguments)
     return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
 
 
@@ -120,7 +164,7 @@ def splat(
     Raises:
         TypeError, ValueError: as `warp`.
     """
-    _check_call("splat", input, transform, mode, padding_mode, align_corners)
+    parameters = _check_call("splat", input, transform, mode, padding_mode, align_corners)
     dims, maps = transform.dims, tuple(transform.batch[1:])
     if input.dim() != dims + 2 + len(maps) or maps not in ((), tuple(input.shape[1:2])):
         shape = f"(N, {f'K = {maps[0]}, ' if maps else ''}C, {_axes(dims)})"
@@ -148,13 +192,16 @@ def splat(
         return torch.complex(*(splat(part, transform, size, **options) for part in (input.real, input.imag)))
 
     batch = _common_batch(len(input), transform.batch[0])
-    parameters = transform.parameters.expand(batch, *transform.parameters.shape[1:])
+    parameters = parameters.expand(batch, *parameters.shape[1:])
     input = input.expand(batch, *input.shape[1:])
     if maps:
         input = input.flatten(0, 1)
     else:
         parameters = parameters.unsqueeze(1)
-    return autograd.splat(input, parameters, size, transform.kind, mode, padding_mode, align_corners)
+    auxiliary = transform.auxiliary
+    if auxiliary is not None and not maps:
+        auxiliary = auxiliary.unsqueeze(1)
+    return autograd.splat(input, parameters, auxiliary, size, transform.kind, mode, padding_mode, align_corners, 1)
 
 
 def grid_sample(
@@ -208,6 +255,18 @@ def _match_batch(input: Tensor, parameters: Tensor, batch: Sequence[int]) -> tup
     return parameters, (images, *batch[1:])
 
 
+def _match_auxiliary(input: Tensor, transform: Transform) -> Tensor | None:
+    """The field of a chain as (M or 1, K or 1, *size, …), where one serves all."""
+    field, maps = transform.auxiliary, transform.batch
+    if field is None:
+        return None
+    if len(maps) == 1:
+        field = field.unsqueeze(1)
+    if input.shape[0] == 1 != maps[0] and tuple(field.shape[:2]) != (1, 1):
+        field = field.expand(maps[0], *maps[1:] or (1,), *field.shape[2:]).flatten(0, 1).unsqueeze(0)
+    return field
+
+
 def _common_batch(images: int, maps: int) -> int:
     if images != maps and images != 1 and maps != 1:  # not with `in`: sizes may be symbols
         raise ValueError(
@@ -219,8 +278,8 @@ def _common_batch(images: int, maps: int) -> int:
 
 def _check_call(
     name: str, input: Tensor, transform: Transform, mode: str, padding_mode: str, align_corners: bool
-) -> None:
-    """What warp and splat ask of their arguments alike."""
+) -> Tensor:
+    """What warp and splat ask of their arguments alike; the transform's parameters."""
     _check_input(input)
     if not isinstance(transform, Transform):
         raise TypeError(f"{name} takes a transform such as tri_stn.Affine(theta); got {type(transform).__name__}.")
@@ -233,10 +292,10 @@ def _check_call(
             f"This {type(transform).__name__} was made for align_corners={transform.align_corners}; got "
             f"align_corners={align_corners}. Give both the same."
         )
-    if transform.parameters.device != input.device:
-        raise ValueError(
-            f"input and transform must be on the same device; got {input.device} and {transform.parameters.device}."
-        )
+    parameters = transform.parameters
+    if parameters.device != input.device:
+        raise ValueError(f"input and transform must be on the same device; got {input.device} and {parameters.device}.")
+    return parameters
 
 
 def _check_input(input: Tensor) -> None:
@@ -279,6 +338,43 @@ def _check_grid(input: object, grid: object) -> None:
         f"{problem}; got input of shape {tuple(input.shape)} and grid of shape {tuple(grid.shape)}. "
         "Images are (N, C, *size), grids (N, *output_size, d)."
     )
+
+
+def _check_fill(fill: object, input: Tensor, padding_mode: str) -> Tensor | None:
+    """The fill as (C,) numbers on the device, in the dtype that sums have; None for 0."""
+    is_number = isinstance(fill, (int, float, complex, torch.SymInt, torch.SymFloat))
+    if is_number and fill == 0:
+        return None
+    if padding_mode != "zeros":
+        raise ValueError(
+            f"fill is for padding_mode 'zeros', where it is what lies outside the image; got {padding_mode!r}. "
+            "Leave fill out."
+        )
+    channels = input.shape[1]
+    if isinstance(fill, Tensor):
+        if fill.requires_grad:
+            raise ValueError(autograd.FILL_IS_CONSTANT)
+        if fill.device != input.device:
+            raise ValueError(f"input and fill must be on the same device; got {input.device} and {fill.device}.")
+        shape, is_complex = tuple(fill.shape), fill.is_complex()
+    elif isinstance(fill, Sequence) and all(isinstance(f, (int, float, complex)) for f in fill):
+        shape, is_complex = (len(fill),), any(isinstance(f, complex) for f in fill)
+    elif is_number:
+        shape, is_complex = (channels,), isinstance(fill, complex)
+    else:
+        raise TypeError(f"fill must be a number, a sequence of C numbers or a tensor (C,); got {fill!r}.")
+    if shape != (channels,):
+        raise ValueError(
+            f"fill must be one number, or one for each of the input's {channels} channels; got shape {shape}."
+        )
+    if is_complex and not input.is_complex():
+        raise TypeError(f"A complex fill takes a complex input; got input of {input.dtype}.")
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    if isinstance(fill, Tensor):
+        return fill.to(dtype)
+    if isinstance(fill, Sequence):
+        return torch.tensor(fill, dtype=dtype, device=input.device)
+    return torch.full((channels,), fill, dtype=dtype, device=input.device)  # type: ignore[call-overload]
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

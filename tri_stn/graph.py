@@ -10,4 +10,4 @@ import torch
 
 from . import autograd
 
-torch.compiler.allow_in_graph([autograd._warp, autograd._splat])
+torch.compiler.allow_in_graph([autograd._warp, autograd._warp_with_mask, autograd._splat])

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .transforms import _check_floating
+from .checks import check_floating
 
 Number = float | Tensor
 """A number for all maps, a 0-d tensor, or one number per map: a tensor (N,) or (N, K)."""
@@ -231,7 +231,7 @@ def boxes(
         TypeError: boxes is not a floating-point tensor.
         ValueError: a shape or size is not one of these.
     """
-    _check_floating(boxes, "boxes", "boxes")
+    check_floating(boxes, "boxes", "boxes")
     dims = _length("input_size", input_size)
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 2 * dims:
         raise ValueError(
@@ -393,7 +393,7 @@ def _number(name: str, value: object) -> list[Number]:
         return [float(value)]
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number or a tensor (), (N,) or (N, K); got {type(value).__name__}.")
-    if _check_floating(value, "This builder", name).dim() > 2:
+    if check_floating(value, "This builder", name).dim() > 2:
         raise ValueError(f"{name} must be a number or a tensor (), (N,) or (N, K); got shape {tuple(value.shape)}.")
     return [value]
 
@@ -421,7 +421,7 @@ def _point(name: str, value: Point | None, length: int) -> list[Number]:
     _length(name, value, (length,))
     if not isinstance(value, Tensor):
         return [number for i, component in enumerate(value) for number in _number(f"{name}[{i}]", component)]
-    if _check_floating(value, "This builder", name).dim() > 3:
+    if check_floating(value, "This builder", name).dim() > 3:
         raise ValueError(
             f"{name} must be a tensor ({length},), (N, {length}) or (N, K, {length}); got shape {tuple(value.shape)}."
         )
@@ -502,7 +502,7 @@ def _axes(dims: int) -> str:
 
 def _check_matrix(name: str, matrix: object) -> int:
     """The dimension d of a matrix (…, d, d+1) or (…, d+1, d+1)."""
-    matrix = _check_floating(matrix, name, "matrices")
+    matrix = check_floating(matrix, name, "matrices")
     rows, columns = matrix.shape[-2:] if matrix.dim() >= 2 else (0, 0)
     # Not with `in`, which is false under torch.compile where a size is a symbol.
     if not 2 <= columns <= 4 or not columns - 1 <= rows <= columns:

@@ -2,13 +2,18 @@
 
 - ``tri_stn::warp_forward`` and ``tri_stn::warp_backward`` do the work; they have no gradient of
   their own. `autograd` puts the derivatives around them.
-- ``tri_stn::warp`` and ``tri_stn::splat`` are what `torch.compile` and `torch.export` see: one node of a
-  graph, with the derivatives that `autograd` registers.
+- ``tri_stn::warp``, ``tri_stn::warp_with_mask`` and ``tri_stn::splat`` are what `torch.compile` and
+  `torch.export` see: one node of a graph, with the derivatives that `autograd` registers.
 
 A transform crosses this border as its kind (a string) and one tensor of parameters (M, K, …): K
 maps for each of the M images. Shapes: input (M, C, *input_size), output (M * K, C, *size). A tensor
 whose batch is a divisor of M serves over and over, which is how `torch.vmap` leaves in place what
 it does not map over.
+
+Beside the parameters, a map may have an ``auxiliary`` tensor (A, …) of one size with the output, such as
+a displacement field within a chain; zeros padding may have a ``fill`` value per channel, (C,); and
+``supersample`` is how many samples along each axis make an output pixel, 0 for as many as the map
+shrinks. ``project`` says how a volume's output is reduced along its depth, "" for not at all.
 
 Both raw operators also compute what their results change by where the parameters move by
 ``parameters_tangent`` and, if given, the input by ``input_tangent``.
@@ -27,108 +32,147 @@ from torch import Tensor
 
 from . import reference
 
-_OPTIONS = "str kind, str mode, str padding_mode, bool align_corners"
+_OPTIONS = "str kind, str mode, str padding_mode, bool align_corners, int supersample"
+_MAP = "Tensor parameters, Tensor? auxiliary, Tensor? fill"
 _TANGENTS = "Tensor? input_tangent, Tensor? parameters_tangent"
 
 library = torch.library.Library("tri_stn", "DEF")
-library.define(f"warp_forward(Tensor input, Tensor parameters, {_TANGENTS}, SymInt[] size, {_OPTIONS}) -> Tensor")
 library.define(
-    f"warp_backward(Tensor grad_output, Tensor? input, Tensor parameters, {_TANGENTS}, SymInt[] input_size,"
-    f" bool channels_last, bool need_input, bool need_parameters, {_OPTIONS}) -> (Tensor, Tensor)"
+    f"warp_forward(Tensor input, {_MAP}, {_TANGENTS}, SymInt[] size, str project, bool return_mask, {_OPTIONS})"
+    " -> (Tensor, Tensor)"
 )
-library.define(f"warp(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
-library.define(f"splat(Tensor input, Tensor parameters, SymInt[] size, {_OPTIONS}) -> Tensor")
+library.define(
+    f"warp_backward(Tensor grad_output, Tensor? input, {_MAP}, {_TANGENTS}, SymInt[] input_size, bool channels_last,"
+    f" bool need_input, bool need_parameters, bool need_auxiliary, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+)
+library.define(f"warp(Tensor input, {_MAP}, SymInt[] size, str project, {_OPTIONS}) -> Tensor")
+library.define(f"warp_with_mask(Tensor input, {_MAP}, SymInt[] size, str project, {_OPTIONS}) -> (Tensor, Tensor)")
+library.define(f"splat(Tensor input, Tensor parameters, Tensor? auxiliary, SymInt[] size, {_OPTIONS}) -> Tensor")
 
 
 # --- raw operators ---------------------------------------------------------------------------------
 
 
 def _allocate_output(
-    input: Tensor, parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
-    size: Sequence[int], *_: Any,
-) -> Tensor:  # fmt: skip
-    batch = max(t.shape[0] for t in (input, parameters, input_tangent, parameters_tangent) if t is not None)
+    input: Tensor, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
+    input_tangent: Tensor | None, parameters_tangent: Tensor | None,
+    size: Sequence[int], project: str, return_mask: bool, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and a mask of one channel; an empty tensor stands for a mask that nobody asked for."""
+    tensors = (input, parameters, auxiliary, input_tangent, parameters_tangent)
+    batch = max(t.shape[0] for t in tensors if t is not None)
+    size = size[1:] if project else size
     shape = (batch * parameters.shape[1], input.shape[1], *size)
-    layout = _CHANNELS_LAST[input.dim()] if is_channels_last(input) else torch.contiguous_format
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    layout = _CHANNELS_LAST.get(len(shape)) if is_channels_last(input) else torch.contiguous_format
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    return output, input.new_empty((shape[0], 1, *size) if return_mask else (0,))
 
 
 def _warp_forward(
-    input: Tensor, parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
-    size: Sequence[int], kind: str, mode: str, padding_mode: str, align_corners: bool,
-) -> Tensor:  # fmt: skip
-    output = _allocate_output(input, parameters, input_tangent, parameters_tangent, size)
+    input: Tensor, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
+    input_tangent: Tensor | None, parameters_tangent: Tensor | None,
+    size: Sequence[int], project: str, return_mask: bool, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tensors = (input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
+    output, mask = _allocate_output(*tensors, size, project, return_mask)
     if output.numel():
         with torch.cuda.device_of(input):  # where Triton launches; for CPU tensors it does nothing
-            _backend(input).gather(
-                output, input, parameters, input_tangent, parameters_tangent,
-                kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners,
-            )  # fmt: skip
-    return output
+            _backend(input).gather(output, *tensors, mask=mask if return_mask else None, **_named(options))
+    elif mask.numel():  # no channels, and a mask all the same
+        tensors = (input.new_ones(len(input), 1, *input.shape[2:]), parameters, auxiliary, None, None, None)
+        _, mask = _warp_forward(*tensors, size, project, return_mask, *options)
+    return output, mask
 
 
 def _allocate_gradients(
-    grad_output: Tensor, input: Tensor | None, parameters: Tensor,
+    grad_output: Tensor, input: Tensor | None, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
     input_tangent: Tensor | None, parameters_tangent: Tensor | None, input_size: Sequence[int],
-    channels_last: bool, need_input: bool, need_parameters: bool, *_: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    channels_last: bool, need_input: bool, need_parameters: bool, need_auxiliary: bool, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What the backward fills; an empty tensor stands for a gradient that nobody asked for."""
-    tensors = (input, parameters, input_tangent, parameters_tangent)
+    tensors = (input, parameters, auxiliary, input_tangent, parameters_tangent)
     batch = max(t.shape[0] for t in tensors if t is not None)
     if parameters.shape[1]:
         batch = max(batch, grad_output.shape[0] // parameters.shape[1])
     layout = _CHANNELS_LAST[grad_output.dim()] if need_input and channels_last else torch.contiguous_format
     shape = (batch, grad_output.shape[1], *input_size) if need_input else (0,)
     grad_input = torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
-    return grad_input, parameters.new_empty((batch, *parameters.shape[1:]) if need_parameters else (0,))
+    grad_parameters = parameters.new_empty((batch, *parameters.shape[1:]) if need_parameters else (0,))
+    grad_auxiliary = torch.empty_like(auxiliary) if need_auxiliary else parameters.new_empty(0)  # type: ignore[arg-type]
+    return grad_input, grad_parameters, grad_auxiliary
 
 
 def _warp_backward(
-    grad_output: Tensor, input: Tensor | None, parameters: Tensor,
+    grad_output: Tensor, input: Tensor | None, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
     input_tangent: Tensor | None, parameters_tangent: Tensor | None, input_size: Sequence[int],
-    channels_last: bool, need_input: bool, need_parameters: bool,
-    kind: str, mode: str, padding_mode: str, align_corners: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    gradients = _allocate_gradients(
-        grad_output, input, parameters, input_tangent, parameters_tangent,
-        input_size, channels_last, need_input, need_parameters,
-    )  # fmt: skip
+    channels_last: bool, need_input: bool, need_parameters: bool, need_auxiliary: bool, *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = (grad_output, input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
+    needs = (need_input, need_parameters, need_auxiliary)
+    gradients = _allocate_gradients(*tensors, input_size, channels_last, *needs)
     if not grad_output.numel():
-        return gradients[0].zero_(), gradients[1].zero_()
-    grad_input, grad_parameters = gradients[0] if need_input else None, gradients[1] if need_parameters else None
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     with torch.cuda.device_of(grad_output):
-        _backend(grad_output).adjoint(
-            grad_input, grad_parameters, grad_output, input, parameters, input_tangent, parameters_tangent,
-            kind=kind, mode=mode, padding_mode=padding_mode, align_corners=align_corners,
-            deterministic=is_deterministic(),
-        )  # fmt: skip
+        _backend(grad_output).adjoint(*wanted, *tensors, **_named(options), deterministic=is_deterministic())
     return gradients
+
+
+def _named(options: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(("kind", "mode", "padding_mode", "align_corners", "supersample"), options, strict=True))
 
 
 # --- one name for each, for graphs -----------------------------------------------------------------
 
 
-def _warp(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
-    return torch.ops.tri_stn.warp_forward(input, parameters, None, None, size, *options)
+def _warp(
+    input: Tensor, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
+    size: Sequence[int], project: str, *options: Any,
+) -> Tensor:  # fmt: skip
+    return torch.ops.tri_stn.warp_forward(
+        input, parameters, auxiliary, fill, None, None, size, project, False, *options
+    )[0]
 
 
-def _warp_fake(input: Tensor, parameters: Tensor, size: Sequence[int], *_: Any) -> Tensor:
-    return _allocate_output(input, parameters, None, None, size)
+def _warp_fake(
+    input: Tensor, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
+    size: Sequence[int], project: str, *_: Any,
+) -> Tensor:  # fmt: skip
+    return _allocate_output(input, parameters, auxiliary, fill, None, None, size, project, False)[0]
 
 
-def _splat(input: Tensor, parameters: Tensor, size: Sequence[int], *options: Any) -> Tensor:
-    flags = is_channels_last(input), True, False
-    return torch.ops.tri_stn.warp_backward(input, None, parameters, None, None, size, *flags, *options)[0]
+def _warp_with_mask(
+    input: Tensor, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
+    size: Sequence[int], project: str, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tensors = input, parameters, auxiliary, fill, None, None
+    return torch.ops.tri_stn.warp_forward(*tensors, size, project, True, *options)
 
 
-def _splat_fake(input: Tensor, parameters: Tensor, size: Sequence[int], *_: Any) -> Tensor:
-    return _allocate_gradients(input, None, parameters, None, None, size, is_channels_last(input), True, False)[0]
+def _warp_with_mask_fake(
+    input: Tensor, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
+    size: Sequence[int], project: str, *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _allocate_output(input, parameters, auxiliary, fill, None, None, size, project, True)
+
+
+def _splat(input: Tensor, parameters: Tensor, auxiliary: Tensor | None, size: Sequence[int], *options: Any) -> Tensor:
+    tensors, flags = (input, None, parameters, auxiliary, None, None, None), (True, False, False)
+    return torch.ops.tri_stn.warp_backward(*tensors, size, is_channels_last(input), *flags, *options)[0]
+
+
+def _splat_fake(input: Tensor, parameters: Tensor, auxiliary: Tensor | None, size: Sequence[int], *_: Any) -> Tensor:
+    tensors, flags = (input, None, parameters, auxiliary, None, None, None), (True, False, False)
+    return _allocate_gradients(*tensors, size, is_channels_last(input), *flags)[0]
 
 
 for _name, _implementation, _fake in (
     ("warp_forward", _warp_forward, _allocate_output),
     ("warp_backward", _warp_backward, _allocate_gradients),
     ("warp", _warp, _warp_fake),
+    ("warp_with_mask", _warp_with_mask, _warp_with_mask_fake),
     ("splat", _splat, _splat_fake),
 ):
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -153,9 +197,9 @@ def is_deterministic() -> bool:
 def _backend(image: Tensor) -> ModuleType:
     """Where a tensor's work is done: the kernels, or the reference on the CPU."""
     if image.device.type == "cpu":
-        return _kernels() if os.environ.get("TRITON_INTERPRET") == "1" else reference
+        return kernels() if os.environ.get("TRITON_INTERPRET") == "1" else reference
     if image.device.type == "cuda":
-        return _kernels()
+        return kernels()
     raise NotImplementedError(
         f"tri_stn runs on CUDA and ROCm devices and on the CPU; got a tensor on {image.device}. "
         "Move it with .cuda() or .cpu()."
@@ -163,10 +207,10 @@ def _backend(image: Tensor) -> ModuleType:
 
 
 @functools.cache
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
     """The kernels, imported on first use: CPU users need no Triton."""
     try:
-        from . import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
+        from . import kernels as package  # type: ignore[attr-defined]  # mapped there by setuptools
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] != "triton":
             raise
@@ -174,4 +218,4 @@ def _kernels() -> ModuleType:
             "tri_stn's GPU kernels need Triton, which is not installed: pip install triton. (CPU tensors need none.)",
             name="triton",
         ) from error
-    return kernels
+    return package

@@ -10,14 +10,18 @@ per image, P output pixels of a chunk, C channels, d dimensions.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import points
+from .points import pixels_per_unit as _pixels_per_unit
 
 CHUNK_ELEMENTS = 2**19
 """Working memory of a chunk: about this many numbers per intermediate tensor."""
@@ -58,6 +62,9 @@ class _Pixels:
     size: tuple[int, ...]
     input_size: tuple[int, ...]
     align_corners: bool
+    auxiliary: Tensor | None = None
+    grad_auxiliary: Tensor | None = None
+    """Where a chain adds the gradient of its field."""
 
 
 def matrix_load(matrix: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
@@ -148,11 +155,6 @@ def _affine_scale(like: Tensor, input_size: Sequence[int], size: Sequence[int], 
     return like.new_tensor([[p / o if o else 0.0 for o in out_per_unit] + [p] for p in per_unit])
 
 
-def _pixels_per_unit(size: int, align_corners: bool) -> float:
-    """How many pixels one normalised unit spans."""
-    return (size - 1) / 2 if align_corners else size / 2
-
-
 def dense_load(field: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
     """A dense map stays as it is: it is turned into pixels a chunk at a time, without a copy."""
     return field
@@ -208,6 +210,46 @@ def _read_field(field: Tensor, pixels: _Pixels) -> Tensor:
     """A dense map's numbers for a chunk of output pixels, (M, K, P, d)."""
     index: tuple[Tensor | slice, ...] = (slice(None), slice(None), *reversed(pixels.index))
     return field[index].to(pixels.u[0].dtype)
+
+
+def chain_load(numbers: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
+    """The numbers of a chain's links, (M, K, count), are for normalised points: they stay as they are."""
+    return numbers
+
+
+def chain(kind: str, numbers: Tensor, pixels: _Pixels, held: Tensor | None = None) -> list[Tensor]:
+    """Source pixel coordinates; where the map's numbers are held, and these a tangent of them, that of these."""
+    sizes = zip(pixels.u, pixels.size, strict=True)
+    v = [u / (_pixels_per_unit(n, pixels.align_corners) or 1) for u, n in sizes]
+    where = pixels.index, pixels.input_size, pixels.align_corners
+    v = list(points.follow(kind, numbers, pixels.auxiliary, v, *where, held))
+    per_unit = [_pixels_per_unit(n, pixels.align_corners) for n in pixels.input_size]
+    middle = [(n - 1) / 2 if held is None else 0.0 for n in pixels.input_size]
+    return [a * p + m for a, p, m in zip(v, per_unit, middle, strict=True)]
+
+
+def chain_vjp(kind: str, grad: Tensor, numbers: Tensor, pixels: _Pixels, grad_x: list[Tensor]) -> None:
+    """By autograd, which follows the links one by one."""
+    leaves = [numbers.detach().requires_grad_()]
+    if pixels.auxiliary is not None and pixels.grad_auxiliary is not None:
+        leaves.append(pixels.auxiliary.detach().to(numbers.dtype).requires_grad_())  # sums in 16 bits lose
+        pixels = replace(pixels, auxiliary=leaves[1])
+    with torch.enable_grad():
+        x = chain(kind, leaves[0], pixels)
+    found = torch.autograd.grad(x, leaves, grad_x, allow_unused=True)
+    for total, part in zip((grad, pixels.grad_auxiliary), found, strict=False):
+        if total is not None and part is not None:
+            total += part
+
+
+def _chain(kind: str) -> Transform:
+    return Transform(
+        chain_load,
+        chain_load,
+        functools.partial(chain, kind),
+        lambda numbers, tangents, pixels: chain(kind, tangents, pixels, held=numbers),
+        functools.partial(chain_vjp, kind),
+    )
 
 
 TRANSFORMS = {
@@ -310,18 +352,24 @@ INTERPOLATIONS = {
 
 
 def gather(
-    output: Tensor, input: Tensor, parameters: Tensor,
-    input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None, **options: Any,
+    output: Tensor, input: Tensor, parameters: Tensor, auxiliary: Tensor | None = None, fill: Tensor | None = None,
+    input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
+    *, mask: Tensor | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
 
     With parameters_tangent and, if wanted, input_tangent: fill it with what it changes by.
-    A tensor whose batch is a divisor of M serves over and over. Options: `_Sampling`'s.
+    A tensor whose batch is a divisor of M serves over and over. `fill` (C,) is what lies outside under
+    zeros padding; `mask` (M * K, 1, *size) is filled with the share of each output pixel's weight that lies
+    inside. Options: `_Sampling`'s.
     """
     maps, sampling = parameters.shape[1], _Sampling(**options)
-    together = (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (output, maps)
-    for input, parameters, input_tangent, parameters_tangent, output in _same_batch(*together):
-        for chunk in sampling.chunks(output.shape, input, parameters, parameters_tangent, order=0):
+    together = (
+        (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (output, maps), (auxiliary, 1),
+        (mask, maps),
+    )  # fmt: skip
+    for input, parameters, input_tangent, parameters_tangent, output, auxiliary, mask in _same_batch(*together):
+        for chunk in sampling.chunks(output.shape, input, parameters, parameters_tangent, 0, auxiliary):
             total = torch.zeros((), dtype=chunk.dtype)
             for corner in chunk.corners():
                 weight = corner.weight() if chunk.t is None else corner.weight_jvp()
@@ -330,34 +378,51 @@ def gather(
                 if input_tangent is not None:
                     value = _read(input_tangent, corner).to(chunk.dtype)
                     total = total + corner.weight()[:, None] * torch.where(corner.inside[:, None], value, 0)
+            if fill is not None:
+                covered = chunk.covered()
+                outside = (1 - covered.weight() if chunk.t is None else -covered.weight_jvp())[:, None]
+                # Selected, as a fill that is not finite must not reach the pixels inside.
+                total = total + torch.where(outside != 0, outside * fill.to(chunk.dtype)[:, None, None], 0)
+            if mask is not None:
+                share = chunk.covered().weight().flatten(0, 1)[:, None]
+                mask.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = share.to(mask.dtype)
             total = total.transpose(1, 2).flatten(0, 1)
             output.flatten(2)[:, :, chunk.pixels.start : chunk.pixels.stop] = total.to(output.dtype)
 
 
 def adjoint(
-    grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
-    parameters: Tensor, input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
+    grad_input: Tensor | None, grad_parameters: Tensor | None, grad_auxiliary: Tensor | None,
+    grad_output: Tensor, input: Tensor | None,
+    parameters: Tensor, auxiliary: Tensor | None = None, fill: Tensor | None = None,
+    input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
     *, deterministic: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both.
 
     With parameters_tangent and, if wanted, input_tangent: fill them with what they change by.
+    `fill` (C,) is what lies outside under zeros padding.
     Always deterministic: on the CPU one thread adds what falls on one image.
     """
     maps, sampling = parameters.shape[1], _Sampling(**options)
+    compute = compute_dtype(grad_output.dtype)
+    grad_field = None if grad_auxiliary is None else torch.zeros_like(grad_auxiliary, dtype=compute)
     together = (
         (grad_input, 1), (grad_parameters, 1), (grad_output, maps),
-        (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1),
+        (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (auxiliary, 1), (grad_field, 1),
     )  # fmt: skip
     for tensors in _same_batch(*together):
-        _adjoint(sampling, *tensors)
+        _adjoint(sampling, fill, *tensors)
+    if grad_auxiliary is not None and grad_field is not None:
+        grad_auxiliary.copy_(grad_field)
 
 
 def _adjoint(
-    sampling: _Sampling,
+    sampling: _Sampling, fill: Tensor | None,
     grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
     parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
+    auxiliary: Tensor | None, grad_auxiliary: Tensor | None,
 ) -> None:  # fmt: skip
+    needs_map = grad_parameters is not None or grad_auxiliary is not None
     image, transform = grad_input if grad_input is not None else input, sampling.transform
     assert image is not None
     compute = compute_dtype(image.dtype)
@@ -365,9 +430,9 @@ def _adjoint(
     if grad_input is not None:  # accumulated where it is wanted, if its dtype can hold sums
         grad_image = grad_input.zero_() if grad_input.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
     grad_coefficients = torch.zeros(parameters.shape, dtype=compute, device=parameters.device)
-    order, size = int(grad_parameters is not None), grad_output.shape
+    order, size = int(needs_map), grad_output.shape
     grad_output = grad_output.flatten(2)  # a copy of rows that don't follow each other
-    for chunk in sampling.chunks(size, image, parameters, parameters_tangent, order):
+    for chunk in sampling.chunks(size, image, parameters, parameters_tangent, order, auxiliary, grad_auxiliary):
         grad = grad_output[:, :, chunk.pixels.start : chunk.pixels.stop].to(compute)
         grad = grad.unflatten(0, parameters.shape[:2]).transpose(1, 2)  # (M, C, K, P)
         grad_x = [torch.zeros_like(x) for x in chunk.x]
@@ -378,18 +443,26 @@ def _adjoint(
                 weight = corner.weight() if chunk.t is None else corner.weight_jvp()
                 added = torch.where(inside, weight[:, None] * grad, 0)
                 grad_image.flatten(2).scatter_add_(2, corner.flat(image).expand_as(added).flatten(2), added.flatten(2))
-            if grad_parameters is not None and input is not None:
+            if needs_map and input is not None:
                 dot = (_read(input, corner).to(compute) * grad).sum(1)
                 for axis in range(len(chunk.x)):
                     slope = corner.slope(axis) if chunk.t is None else corner.slope_jvp(axis)
                     grad_x[axis] += torch.where(corner.inside, slope * dot, 0)
                     if chunk.tangents is not None and transform.map_vjp_jvp is not None:
                         held_grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
-            if grad_parameters is not None and input_tangent is not None:
+            if needs_map and input_tangent is not None:
                 dot = (_read(input_tangent, corner).to(compute) * grad).sum(1)
                 for axis in range(len(chunk.x)):
                     grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
-        if grad_parameters is not None:
+        if needs_map and input is not None and fill is not None:
+            corner = chunk.covered()  # a change of coverage trades the image for the fill
+            dot = -(fill.to(compute)[:, None, None] * grad).sum(1)
+            for axis in range(len(chunk.x)):
+                slope = corner.slope(axis) if chunk.t is None else corner.slope_jvp(axis)
+                grad_x[axis] += slope * dot
+                if chunk.tangents is not None and transform.map_vjp_jvp is not None:
+                    held_grad_x[axis] += corner.slope(axis) * dot
+        if needs_map:
             grad_x = [g * s for g, s in zip(grad_x, chunk.padding_slopes, strict=True)]
             transform.map_vjp(grad_coefficients, chunk.coefficients, chunk.pixels, grad_x)
             if chunk.tangents is not None and transform.map_vjp_jvp is not None:
@@ -464,6 +537,8 @@ class _Chunk:
     pixels: _Pixels
     coefficients: Tensor
     tangents: Tensor | None
+    looks: list[Tensor]
+    """Where the transform looks, before padding."""
     x: list[Tensor]
     t: list[Tensor] | None
     """Tangents of x, where the parameters have one."""
@@ -496,6 +571,26 @@ class _Chunk:
             inside = math.prod(insides[1:], start=insides[0])
             yield _Corner(weights, slopes, curvatures, self.t or [], pixel, inside)
 
+    def covered(self) -> _Corner:
+        """The share of each sample's weight that lies inside the image, before padding, as a corner whose
+        weights are those of all pixels: exactly 1, without slope, where all taps are inside.
+        """
+        interpolation, columns, insides = self.interpolation, [], []
+        for x, n in zip(self.looks, self.pixels.input_size, strict=True):
+            if interpolation.taps <= 2:
+                x, _ = zeros(x, n, False)
+            first = interpolation.first(x)
+            taps = [first + tap for tap in range(interpolation.taps)]
+            inside = torch.stack([(q >= 0) & (q <= n - 1) for q in taps])
+            whole, sums = inside.all(0), []
+            for f, all_of_them in ((interpolation.weight, 1), (interpolation.slope, 0), (interpolation.curvature, 0)):
+                total = torch.where(inside, torch.stack([f(x, q) for q in taps]), 0).sum(0)
+                sums.append(torch.where(whole, all_of_them, total))
+            columns.append(sums)
+            insides.append(inside.any(0))
+        weights, slopes, curvatures = (list(column) for column in zip(*columns, strict=True))
+        return _Corner(weights, slopes, curvatures, self.t or [], [], math.prod(insides[1:], start=insides[0]))
+
 
 @dataclass(frozen=True)
 class _Sampling:
@@ -505,14 +600,16 @@ class _Sampling:
     mode: str
     padding_mode: str
     align_corners: bool
+    supersample: int = 1
 
     @property
     def transform(self) -> Transform:
-        return TRANSFORMS[self.kind]
+        return TRANSFORMS.get(self.kind) or _chain(self.kind)
 
     def chunks(
-        self, output_shape: torch.Size, image: Tensor, parameters: Tensor, tangent: Tensor | None, order: int
-    ) -> Iterator[_Chunk]:
+        self, output_shape: torch.Size, image: Tensor, parameters: Tensor, tangent: Tensor | None, order: int,
+        auxiliary: Tensor | None = None, grad_auxiliary: Tensor | None = None,
+    ) -> Iterator[_Chunk]:  # fmt: skip
         """The output in parts, and where they look; `order` derivatives of the weights, one more for a tangent."""
         size, input_size = tuple(reversed(output_shape[2:])), tuple(reversed(image.shape[2:]))
         transform, interpolation = self.transform, INTERPOLATIONS[self.mode]
@@ -539,19 +636,19 @@ class _Sampling:
                 index.append(rest % n)
                 rest = rest // n
             u = [along.to(dtype) - (n - 1) / 2 for along, n in zip(index, size, strict=True)]
-            pixels = _Pixels(start, stop, index, u, size, input_size, self.align_corners)
+            pixels = _Pixels(start, stop, index, u, size, input_size, self.align_corners, auxiliary, grad_auxiliary)
             x = transform.map(coefficients, pixels)
             t = None if tangents is None else transform.map_jvp(coefficients, tangents, pixels)
             if interpolation.taps <= 2:  # padding moves the sample, but for cubic the taps: as torch does
                 padded = [pad(a, n) for a, n in zip(x, input_size, strict=True)]
-                x, slopes = [a for a, _ in padded], [s for _, s in padded]
+                looks, x, slopes = x, [a for a, _ in padded], [s for _, s in padded]
                 t = None if t is None else [a * s for a, s in zip(t, slopes, strict=True)]
-                yield _Chunk(pixels, coefficients, tangents, x, t, slopes, lambda q, n: q, interpolation, order)
+                yield _Chunk(pixels, coefficients, tangents, looks, x, t, slopes, lambda q, n: q, interpolation, order)
             else:
                 x = [a.nan_to_num(nan=-(2.0**24)).clamp(8 - 2.0**24, 2.0**24 - 8) for a in x]  # integers stay exact
                 slopes = [torch.ones_like(a) for a in x]
                 yield _Chunk(
-                    pixels, coefficients, tangents, x, t, slopes, lambda q, n: pad(q, n)[0], interpolation, order
+                    pixels, coefficients, tangents, x, x, t, slopes, lambda q, n: pad(q, n)[0], interpolation, order
                 )
 
 

@@ -9,10 +9,30 @@ point of the output to the point of the input that is read there. Coordinates ar
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+import torch.utils.weak
 from torch import Tensor
+
+from . import matrices
+from .checks import check_floating
+
+
+def once(compute: Callable[[Any], Tensor]) -> Any:
+    """A property that is computed at its first use; functools' own takes a lock, which torch.compile refuses."""
+    name = f"_{compute.__name__}"
+
+    def get(self: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compute(self)
+        if name not in self.__dict__:
+            self.__dict__[name] = compute(self)
+        return self.__dict__[name]
+
+    return property(get, doc=compute.__doc__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +50,24 @@ class Transform:
         raise NotImplementedError
 
     @property
+    def auxiliary(self) -> Tensor | None:
+        """A field beside the parameters, (N or 1, *size, …) or (N or 1, K or 1, *size, …)."""
+        return None
+
+    @property
     def batch(self) -> torch.Size:
         """(N,), or (N, K) for K maps per image."""
         raise NotImplementedError
+
+    @property
+    def _numbers(self) -> Tensor:
+        """What it takes as a link of a chain: (N, count) or (N, K, count)."""
+        return self.parameters.flatten(len(self.batch))
+
+    @property
+    def _field(self) -> Tensor | None:
+        """The field that it reads as a link of a chain."""
+        return self.auxiliary
 
     @property
     def dims(self) -> int:
@@ -57,7 +92,7 @@ class Transform:
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no inverse(). Affine, Attention, Similarity and Projective have one in closed "
-            "form, Velocity by its own, and Displacement by iteration."
+            "form, Velocity by its own, Displacement by iteration, and Compose those of its parts."
         )
 
 
@@ -83,7 +118,7 @@ class Affine(Transform):
         return "affine"
 
     def __post_init__(self) -> None:
-        theta = _check_floating(self.theta, "Affine", "theta")
+        theta = check_floating(self.theta, "Affine", "theta")
         if theta.dim() not in (3, 4) or tuple(theta.shape[-2:]) not in ((1, 2), (2, 3), (3, 4)):
             raise ValueError(
                 "Affine takes theta of shape (N, 2, 3) or (N, K, 2, 3), or with (1, 2) or (3, 4) for 1-D or 3-D "
@@ -104,9 +139,7 @@ class Affine(Transform):
 
     def inverse(self) -> Affine:
         """The inverse map, as of `invert`: of a singular theta, infinities and NaN, without an error."""
-        from .matrices import invert
-
-        return Affine(invert(self.theta))
+        return Affine(matrices.invert(self.theta))
 
 
 class _AffineFamily(Transform):
@@ -116,7 +149,7 @@ class _AffineFamily(Transform):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        translation = _check_floating(self.translation, name, "translation")
+        translation = check_floating(self.translation, name, "translation")
         dims = translation.shape[-1] if translation.dim() else 0
         if translation.dim() not in (2, 3) or dims not in (1, 2, 3):
             raise ValueError(
@@ -127,7 +160,7 @@ class _AffineFamily(Transform):
     def kind(self) -> str:
         return "affine"
 
-    @functools.cached_property
+    @once
     def parameters(self) -> Tensor:  # type: ignore[override]
         linear = self._linear
         return torch.cat([linear, self.translation.unsqueeze(-1).to(linear.dtype)], -1)
@@ -167,7 +200,7 @@ class Attention(_AffineFamily):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        scale = _check_floating(self.scale, "Attention", "scale")
+        scale = check_floating(self.scale, "Attention", "scale")
         if scale.shape not in (self.batch, self.translation.shape):
             raise ValueError(
                 f"Attention takes scale of shape {tuple(self.batch)} or {tuple(self.translation.shape)} with this "
@@ -212,7 +245,7 @@ class Similarity(_AffineFamily):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("scale", "angle"):
-            value = _check_floating(getattr(self, name), "Similarity", name)
+            value = check_floating(getattr(self, name), "Similarity", name)
             if value.shape != self.batch or self.dims != 2:
                 raise ValueError(
                     f"Similarity takes translation (N, 2) or (N, K, 2), and {name} of shape (N,) or (N, K); got "
@@ -253,7 +286,7 @@ class Projective(Transform):
     matrix: Tensor
 
     def __post_init__(self) -> None:
-        matrix = _check_floating(self.matrix, "Projective", "matrix")
+        matrix = check_floating(self.matrix, "Projective", "matrix")
         if matrix.dim() not in (3, 4) or tuple(matrix.shape[-2:]) not in ((3, 3), (4, 4)):
             raise ValueError(
                 "Projective takes a matrix of shape (N, 3, 3) or (N, K, 3, 3), or with (4, 4) for 3-D images; got "
@@ -282,9 +315,7 @@ class Projective(Transform):
         What this map sends to y with a divisor w > 0 comes back from y with the divisor 1 / w, so nothing
         that is in view of one is behind infinity for the other.
         """
-        from .matrices import invert
-
-        return Projective(invert(self.matrix))
+        return Projective(matrices.invert(self.matrix))
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,7 +324,7 @@ class _Dense(Transform):
 
     def __post_init__(self) -> None:
         argument = fields(self)[0].name
-        field = _check_floating(self._numbers, type(self).__name__, argument)
+        field = check_floating(self._given, type(self).__name__, argument)
         dims = field.shape[-1] if field.dim() else 0
         # Not with `in`, which is false under torch.compile where the size is a symbol.
         if not 1 <= dims <= 3 or not dims + 2 <= field.dim() <= dims + 3:
@@ -303,21 +334,29 @@ class _Dense(Transform):
             )
 
     @property
-    def _numbers(self) -> Tensor:
+    def _given(self) -> Tensor:
         """The tensor that the class takes first: the parameters, or of their shape."""
         return getattr(self, fields(self)[0].name)
 
     @property
+    def _numbers(self) -> Tensor:
+        return self._given.new_empty(*self.batch, 0)
+
+    @property
+    def _field(self) -> Tensor:
+        return self.parameters
+
+    @property
     def batch(self) -> torch.Size:
-        return self._numbers.shape[: -self.dims - 1]
+        return self._given.shape[: -self.dims - 1]
 
     @property
     def dims(self) -> int:
-        return self._numbers.shape[-1]
+        return self._given.shape[-1]
 
     @property
     def size(self) -> torch.Size:
-        return self._numbers.shape[-self.dims - 1 : -1]
+        return self._given.shape[-self.dims - 1 : -1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,14 +442,366 @@ class Displacement(_Dense):
         return Displacement(invert_displacement(self, iterations, align_corners), self.unit)
 
 
-def _check_floating(tensor: object, name: str, argument: str) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} takes {argument} as a torch.Tensor; got {type(tensor).__name__}.")
-    if not tensor.is_floating_point():
-        raise TypeError(
-            f"{name} takes {argument} in a floating-point dtype; got {tensor.dtype}. Convert it with .float()."
-        )
+@dataclass(frozen=True, eq=False)
+class ThinPlateSpline(Transform):
+    """A thin-plate spline: the smoothest map that reads the output points ``target_points`` at ``source_points``.
+
+    The system of K + 3 equations is solved in fp64, once for a tensor ``target_points``, whose identity it is kept by:
+    use the same tensor again. Its solution times the source points is a few numbers per map.
+
+    Args:
+        target_points: (K, 2), K >= 3, not all on one line, normalised, x first. No gradient.
+        source_points: (N, K, 2), or (N, M, K, 2) for M maps per image. May require grad.
+        regularization: 0 to pass through the points; more, to bend less.
+
+    Raises:
+        TypeError: one of them is not a floating-point tensor.
+        ValueError: their shapes do not fit, or target_points requires grad.
+
+    Source: Bookstein 1989; U(r) = r² log r².
+    """
+
+    target_points: Tensor
+    source_points: Tensor
+    regularization: float = 0.0
+
+    def __post_init__(self) -> None:
+        targets = _check_constant(self.target_points, "ThinPlateSpline", "target_points")
+        sources = check_floating(self.source_points, "ThinPlateSpline", "source_points")
+        if targets.dim() != 2 or targets.shape[1] != 2 or targets.shape[0] < 3:
+            raise ValueError(f"ThinPlateSpline takes target_points (K, 2), K >= 3; got {tuple(targets.shape)}.")
+        _check_points("ThinPlateSpline", targets, sources)
+
+    @property
+    def kind(self) -> str:
+        return f"thin_plate[{self.target_points.shape[0]}]"
+
+    @once
+    def parameters(self) -> Tensor:  # type: ignore[override]
+        # fp64 also keeps autocast and TF32 out of the product.
+        solved = _thin_plate_solution(self.target_points, self.regularization)
+        bent = solved @ self.source_points.double()
+        targets = self.target_points.double().expand(*self.batch, -1, 2)
+        return torch.cat([targets, bent], -2).flatten(-2)
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.source_points.shape[:-2]
+
+    @property
+    def dims(self) -> int:
+        return 2
+
+
+_solutions = torch.utils.weak.WeakTensorKeyDictionary()
+
+
+def _thin_plate_solution(targets: Tensor, regularization: float) -> Tensor:
+    """The matrix (K + 3, K) from source points to weights and an affine part (1, x, y)."""
+    key = targets._version, regularization
+    kept = None if torch.compiler.is_compiling() else _solutions.get(targets)
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    points = targets.detach().double()
+    count = len(points)
+    square = (points.unsqueeze(0) - points.unsqueeze(1)).square().sum(-1)
+    bending = square * torch.where(square > 0, square, 1).log()
+    identity = torch.eye(count, dtype=points.dtype, device=points.device)
+    plane = torch.cat([torch.ones_like(points[:, :1]), points], 1)
+    system = torch.cat([bending + regularization * identity, plane], 1)
+    below = torch.cat([plane.T, plane.new_zeros(3, 3)], 1)
+    solution = torch.linalg.inv_ex(torch.cat([system, below]))[0][:, :count]  # without waiting for the device
+    if not torch.compiler.is_compiling():
+        _solutions[targets] = (key, solution)
+    return solution
+
+
+@dataclass(frozen=True, eq=False)
+class FreeForm(Transform):
+    """A free-form deformation: the identity plus a uniform cubic B-spline of displacements.
+
+    With L control points along an axis, they lie h = 2 / (L - 3) apart, the first at -1 - h: the displacement at u is
+    ``Σ_k B_k(t) lattice[i + k]``, k = 0 to 3, with s = (u + 1) / h, i = min(⌊s⌋, L - 4), t = s - i. Beyond [-1, 1],
+    where only a chain can look, it is the border's. No field of displacements is made.
+
+    Args:
+        lattice: (N, *lattice_size, d), d = 1, 2 or 3, at least 4 control points along each axis, or (N, K,
+            *lattice_size, d) for K maps per image. Displacements are normalised, x first. May require grad.
+
+    Raises:
+        TypeError: lattice is not a floating-point tensor.
+        ValueError: lattice has another shape.
+
+    Source: Rueckert et al. 1999.
+    """
+
+    lattice: Tensor
+
+    def __post_init__(self) -> None:
+        lattice = check_floating(self.lattice, "FreeForm", "lattice")
+        dims = lattice.shape[-1] if lattice.dim() else 0
+        if not 1 <= dims <= 3 or not dims + 2 <= lattice.dim() <= dims + 3 or min(lattice.shape[-dims - 1 : -1]) < 4:
+            raise ValueError(
+                "FreeForm takes a lattice (N, *lattice_size, d) or (N, K, *lattice_size, d), d = 1, 2 or 3, of at "
+                f"least 4 control points along each axis; got {tuple(lattice.shape)}."
+            )
+
+    @property
+    def kind(self) -> str:
+        sizes = reversed(self.lattice.shape[-self.dims - 1 : -1])
+        return f"free_form[{','.join(str(int(n)) for n in sizes)}]"
+
+    @property
+    def parameters(self) -> Tensor:
+        return self.lattice.flatten(-self.dims - 1)
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.lattice.shape[: -self.dims - 1]
+
+    @property
+    def dims(self) -> int:
+        return self.lattice.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class PiecewiseAffine(Transform):
+    """An affine map of its own on each triangle of a mesh; outside every triangle, out of bounds.
+
+    The corner ``target_points[i]`` of the output reads ``source_points[..., i, :]``. Where triangles
+    overlap, the first counts.
+
+    Args:
+        target_points: (K, 2), normalised, x first. No gradient.
+        triangles: (T, 3), integers: the corners of each triangle, in any order.
+        source_points: (N, K, 2), or (N, M, K, 2) for M maps per image. May require grad.
+
+    Raises:
+        TypeError: points that are not floating-point tensors, or triangles that are not integers.
+        ValueError: their shapes do not fit, or target_points requires grad.
+    """
+
+    target_points: Tensor
+    triangles: Tensor
+    source_points: Tensor
+
+    def __post_init__(self) -> None:
+        targets = _check_constant(self.target_points, "PiecewiseAffine", "target_points")
+        sources = check_floating(self.source_points, "PiecewiseAffine", "source_points")
+        if not isinstance(self.triangles, Tensor) or self.triangles.dtype not in (torch.int32, torch.int64):
+            raise TypeError("PiecewiseAffine takes triangles as a torch.Tensor of int64 or int32.")
+        if targets.dim() != 2 or targets.shape[1] != 2 or self.triangles.dim() != 2 or self.triangles.shape[1] != 3:
+            raise ValueError(
+                "PiecewiseAffine takes target_points (K, 2) and triangles (T, 3); got "
+                f"{tuple(targets.shape)} and {tuple(self.triangles.shape)}."
+            )
+        _check_points("PiecewiseAffine", targets, sources)
+
+    @property
+    def kind(self) -> str:
+        return f"piecewise_affine[{self.triangles.shape[0]}]"
+
+    @once
+    def parameters(self) -> Tensor:  # type: ignore[override]
+        corners = self.target_points.detach().double()[self.triangles]  # (T, 3, 2)
+        columns = torch.cat([corners, torch.ones_like(corners[..., :1])], -1).mT
+        shares = torch.linalg.inv_ex(columns)[0].flatten(-2)  # (T, 9); a flat triangle holds no point
+        sources = self.source_points.double()[..., self.triangles, :].flatten(-2)
+        return torch.cat([shares.expand(*self.batch, -1, 9), sources], -1).flatten(-2)
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.source_points.shape[:-2]
+
+    @property
+    def dims(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True, eq=False)
+class LinearBasis(Transform):
+    """The paper's general class T = M_θ B: for an output pixel p, ``x_k(p) = Σ_b coefficients[k, b] basis[b, p]``.
+
+    Args:
+        coefficients: (N, d, B), or (N, K, d, B) for K maps per image. x first. May require grad.
+        basis: (B, *size), any strides, read where it lies: B functions of the output pixel. May require grad.
+
+    Raises:
+        TypeError: one of them is not a floating-point tensor.
+        ValueError: their shapes do not fit.
+
+    Source: Jaderberg et al. 2015, section 3.2.
+    """
+
+    coefficients: Tensor
+    basis: Tensor
+
+    def __post_init__(self) -> None:
+        coefficients = check_floating(self.coefficients, "LinearBasis", "coefficients")
+        basis = check_floating(self.basis, "LinearBasis", "basis")
+        fits = coefficients.dim() in (3, 4) and 2 <= basis.dim() <= 4
+        if not fits or coefficients.shape[-2:] != (basis.dim() - 1, basis.shape[0]):
+            raise ValueError(
+                "LinearBasis takes coefficients (N, d, B) or (N, K, d, B) and a basis (B, *size) of d dimensions; got "
+                f"{tuple(coefficients.shape)} and {tuple(basis.shape)}."
+            )
+
+    @property
+    def kind(self) -> str:
+        return f"linear_basis[{self.basis.shape[0]}]"
+
+    @property
+    def parameters(self) -> Tensor:
+        return self.coefficients.flatten(-2)
+
+    @property
+    def auxiliary(self) -> Tensor:
+        return self.basis.movedim(0, -1)[(None,) * len(self.batch)]
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.coefficients.shape[:-2]
+
+    @property
+    def dims(self) -> int:
+        return self.basis.dim() - 1
+
+    @property
+    def size(self) -> torch.Size:
+        return self.basis.shape[1:]
+
+
+class Compose(Transform):
+    """Several maps in one pass: ``Compose(a, b)`` reads the input at b(a(p)).
+
+    Nothing in between is stored. Neighbouring affine and projective maps become one matrix. A field in the
+    chain, a `Displacement` or `Grid`, is itself read bilinearly where the maps before it look, and beyond
+    its border as at the border; it may have any size. One field at most; join two first: the displacement of
+    "f, then g" is
+    ``f + warp(g, Displacement(f))``, fields as images.
+
+    Args:
+        *transforms: two or more, all for the same number of dimensions, each for N or (N, K) maps; one map serves
+            any number. A `LinearBasis` has to be the first.
+
+    Raises:
+        TypeError: something is not a transform.
+        ValueError: they do not fit together.
+    """
+
+    def __init__(self, *transforms: Transform) -> None:
+        if not transforms:
+            raise ValueError("Compose takes one transform or more; got none.")
+        for t in transforms:
+            if not isinstance(t, Transform):
+                raise TypeError(f"Compose takes transforms such as tri_stn.Affine(theta); got {type(t).__name__}.")
+        if len({t.dims for t in transforms}) > 1:
+            raise ValueError(f"Compose takes maps of the same dimensions; got {[t.dims for t in transforms]}.")
+        parts: list[Transform] = []
+        for t in transforms:
+            for part in t.transforms if isinstance(t, Compose) else (t,):
+                before = parts[-1] if parts else None
+                if part.kind in _MATRICES and before is not None and before.kind in _MATRICES:
+                    parts[-1] = _one_matrix(before, part)
+                else:
+                    parts.append(part)
+        fields = [t for t in parts if t._field is not None]
+        if len(fields) > 1:
+            raise ValueError(
+                f"Compose takes one field; got {' and '.join(type(t).__name__ for t in fields)}. Join them first: the "
+                "displacement of f, then g is f + warp(g, Displacement(f)), with fields as images."
+            )
+        if any(isinstance(t, LinearBasis) for t in parts[1:]):
+            raise ValueError("A LinearBasis has its numbers at output pixels: it has to be the first of a Compose.")
+        object.__setattr__(self, "transforms", tuple(parts))
+        ranks = max(len(t.batch) for t in parts)
+        shapes = [(*t.batch, *(1,) * (ranks - len(t.batch))) for t in parts]
+        try:
+            batch = torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            raise ValueError(
+                f"Compose takes maps with the same batch (N,) or (N, K), or 1; got {[tuple(t.batch) for t in parts]}."
+            ) from None
+        object.__setattr__(self, "_batch", torch.Size(batch))
+
+    transforms: tuple[Transform, ...]
+    """The maps, neighbouring matrices joined."""
+    _batch: torch.Size
+
+    def __repr__(self) -> str:
+        return f"Compose({', '.join(map(repr, self.transforms))})"
+
+    @property
+    def kind(self) -> str:
+        return "+".join(t.kind for t in self.transforms)
+
+    @once
+    def parameters(self) -> Tensor:  # type: ignore[override]
+        if len(self.transforms) == 1:
+            return self.transforms[0].parameters
+        numbers = [self._spread(t, t._numbers) for t in self.transforms]
+        wide = functools.reduce(torch.promote_types, (n.dtype for n in numbers))
+        return torch.cat([n.expand(*self.batch, -1).to(wide) for n in numbers], -1)
+
+    @property
+    def auxiliary(self) -> Tensor | None:
+        if len(self.transforms) == 1:
+            return self.transforms[0].auxiliary
+        found = [self._spread(t, t._field) for t in self.transforms if t._field is not None]
+        return found[0] if found else None
+
+    def _spread(self, transform: Transform, tensor: Tensor) -> Tensor:
+        """A part's tensor with the axes of the whole chain's batch."""
+        return tensor if len(transform.batch) == len(self.batch) else tensor.unsqueeze(1)
+
+    @property
+    def batch(self) -> torch.Size:
+        return self._batch
+
+    @property
+    def dims(self) -> int:
+        return self.transforms[0].dims
+
+    @property
+    def size(self) -> torch.Size | None:
+        return self.transforms[0].size
+
+    @property
+    def align_corners(self) -> bool | None:
+        return next((t.align_corners for t in self.transforms if t.align_corners is not None), None)
+
+    def inverse(self) -> Transform:
+        """The inverses in the opposite order; an iterated one, of a `Displacement`, by default settings."""
+        return Compose(*(t.inverse() for t in reversed(self.transforms)))
+
+
+_MATRICES = ("affine", "projective")
+
+
+def _one_matrix(first: Transform, second: Transform) -> Transform:
+    """Neighbours in a chain, joined."""
+    one, two = first.parameters, second.parameters
+    if one.dim() != two.dim():
+        one, two = (m.unsqueeze(1) if m.dim() == 3 else m for m in (one, two))
+    joined = matrices.compose(one, two)
+    return Affine(joined) if joined.shape[-2] != joined.shape[-1] else Projective(joined)
+
+
+def _check_constant(tensor: object, name: str, argument: str) -> Tensor:
+    tensor = check_floating(tensor, name, argument)
+    if tensor.requires_grad:
+        raise ValueError(f"{name} has no gradient for {argument}; got one that requires grad. Give it detached.")
     return tensor
+
+
+def _check_points(name: str, targets: Tensor, sources: Tensor) -> None:
+    if sources.dim() not in (3, 4) or sources.shape[-2:] != targets.shape:
+        raise ValueError(
+            f"{name} takes source_points (N, {len(targets)}, 2) or (N, M, {len(targets)}, 2) with these "
+            f"target_points; got {tuple(sources.shape)}."
+        )
+    if sources.device != targets.device:
+        raise ValueError(f"{name} takes its points on one device; got {targets.device} and {sources.device}.")
 
 
 def _wide(tensor: Tensor) -> Tensor:
