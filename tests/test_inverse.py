@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 import tri_stn
@@ -116,6 +117,20 @@ def test_never_looks_at_values(name):
 def test_what_has_no_inverse_says_what_has():
     with pytest.raises(NotImplementedError, match=r"Grid has no inverse\(\).*Affine, .* and Projective have"):
         tri_stn.Grid(torch.rand(1, 3, 4, 2)).inverse()
+
+
+@REFERENCE
+def test_a_chain_is_undone_from_its_end(backend):
+    """The inverse of "theta, then f" reads at theta⁻¹(p + v(p)), for f's inverse v."""
+    field, image = contraction((7, 6), batch=(1,)), torch.rand(1, 2, 7, 6, dtype=DOUBLE)
+    theta = torch.tensor([[[0.8, 0.2, 0.1], [-0.3, 0.9, 0.0]]], dtype=DOUBLE)
+    chain = tri_stn.Compose(tri_stn.Affine(theta), tri_stn.Displacement(field, "pixel"))
+    identity = torch.eye(2, 3, dtype=DOUBLE)[None]
+    places = F.affine_grid(identity, image.shape, align_corners=False)
+    places = places + tri_stn.Displacement(field, "pixel").inverse().field / torch.tensor([3.0, 3.5])
+    grid = F.pad(places, (0, 1), value=1.0) @ tri_stn.invert(theta)[:, None].mT
+    expected = F.grid_sample(image, grid, align_corners=False)
+    torch.testing.assert_close(tri_stn.warp(image, chain.inverse()), expected, rtol=0, atol=1e-12)
 
 
 # --- displacement fields ---------------------------------------------------------------------------
