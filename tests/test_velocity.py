@@ -118,9 +118,8 @@ def test_there_and_back_is_close_to_the_identity(backend, dims, sizes):
         left.append(both.abs().max().item())
         assert (there.inverse().inverse().parameters == there.parameters).all()
     moved = there.parameters.abs().max().item()
-    print(
-        f"moved by {moved:.3f}; off the identity by {left}, in pixels {[x * n / 2 for x, n in zip(left, sizes, strict=True)]}"
-    )
+    pixels = [x * n / 2 for x, n in zip(left, sizes, strict=True)]
+    print(f"moved by {moved:.3f}; off the identity by {left}, in pixels {pixels}")
     assert left[0] < moved / 15  # on 12³ voxels 0.08 of one, of a way of 1.75
     for coarse, fine in itertools.pairwise(left):
         assert coarse / fine > 2
