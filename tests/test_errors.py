@@ -84,7 +84,7 @@ import sys
 sys.modules["triton"] = None
 import tri_stn.ops
 try:
-    tri_stn.ops._kernels()
+    tri_stn.ops.kernels()
 except ModuleNotFoundError as error:
     print(error)
 """
