@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .functional import warp
-from .transforms import Displacement, _Dense, _wide, once
+from .transforms import Displacement, _check_unit, _Dense, _displacement_kind, _wide, once
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +45,13 @@ class Velocity(_Dense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_unit("Velocity", self.unit)
         _check_count("steps", self.steps)
         _check_align_corners(self.align_corners)
-        Displacement(self.field, self.unit)  # checks the unit
 
     @property
     def kind(self) -> str:
-        return Displacement(self.field, self.unit).kind
+        return _displacement_kind(self.unit)
 
     @once
     def parameters(self) -> Tensor:  # type: ignore[override]

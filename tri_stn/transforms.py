@@ -404,12 +404,11 @@ class Displacement(_Dense):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.unit not in ("normalized", "pixel"):
-            raise ValueError(f"{type(self).__name__} takes unit 'normalized' or 'pixel'; got {self.unit!r}.")
+        _check_unit("Displacement", self.unit)
 
     @property
     def kind(self) -> str:
-        return "displacement" if self.unit == "normalized" else "pixel_displacement"
+        return _displacement_kind(self.unit)
 
     @property
     def parameters(self) -> Tensor:
@@ -802,6 +801,15 @@ def _check_points(name: str, targets: Tensor, sources: Tensor) -> None:
         )
     if sources.device != targets.device:
         raise ValueError(f"{name} takes its points on one device; got {targets.device} and {sources.device}.")
+
+
+def _check_unit(name: str, unit: object) -> None:
+    if unit not in ("normalized", "pixel"):
+        raise ValueError(f"{name} takes unit 'normalized' or 'pixel'; got {unit!r}.")
+
+
+def _displacement_kind(unit: str) -> str:
+    return "displacement" if unit == "normalized" else "pixel_displacement"
 
 
 def _wide(tensor: Tensor) -> Tensor:
