@@ -19,8 +19,10 @@ Far away is _FAR: out of bounds for whatever comes next.
 import triton
 import triton.language as tl
 
+from . import tuples
 from .coordinates import middle, offset, pixels_per_unit
-from .matrix import rows, rows_vjp
+from .interpolation import product, product_vjp
+from .matrix import divide, divide_vjp, rows, rows_vjp
 
 _FAR = tl.constexpr(2.0**20)
 
@@ -39,7 +41,7 @@ def affine_vjp(theta, v, g):
 @triton.jit
 def projective(theta, v):
     """A homogeneous matrix, (d+1, d+1); at or behind infinity, far away."""
-    _inverse, y, ahead = _divide(theta, v)
+    _inverse, y, ahead = divide(theta, v)
     result = ()
     for a in tl.static_range(len(v)):
         result = result + (tl.where(ahead, y[a], _FAR),)
@@ -48,26 +50,9 @@ def projective(theta, v):
 
 @triton.jit
 def projective_vjp(theta, v, g):
-    inverse, y, ahead = _divide(theta, v)
-    scaled = ()
-    last = tl.zeros_like(inverse)
-    for a in tl.static_range(len(v)):
-        row = tl.where(ahead, g[a] * inverse, 0.0)
-        scaled = scaled + (row,)
-        last -= row * y[a]
-    scaled = scaled + (last,)
-    return rows_vjp(scaled, v), _transposed(theta, scaled, len(v))
-
-
-@triton.jit
-def _divide(theta, v):
-    y = rows(theta, v)
-    ahead = y[len(v)] > 1e-30
-    inverse = 1.0 / tl.where(ahead, y[len(v)], 1.0)
-    result = ()
-    for a in tl.static_range(len(v)):
-        result = result + (y[a] * inverse,)
-    return inverse, result, ahead
+    inverse, y, ahead = divide(theta, v)
+    grad_rows = divide_vjp(inverse, y, ahead, g)
+    return rows_vjp(grad_rows, v), _transposed(theta, grad_rows, len(v))
 
 
 @triton.jit
@@ -141,21 +126,14 @@ def free_form(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUT
     """A lattice, (*lattice_size, d), of displacements: uniform cubic B-splines."""
     dims: tl.constexpr = len(v)
     s, i, _inner = _cells(table, v)
-    moved = ()
-    for a in tl.static_range(dims):
-        moved = moved + (tl.zeros_like(v[a]),)
+    moved = tuples.zeros(dims, v[0].shape, COMPUTE)
     for tap in range(4**dims):
-        at, weight, _slopes = _tap(table, s, i, tap, False)
-        new = ()
-        for a in tl.static_range(dims):
-            new = new + (moved[a] + weight * tl.load(table[0] + at * dims + a, mask=mask, other=0.0).to(COMPUTE),)
-        moved = new
-    if not TANGENT:
-        result = ()
-        for a in tl.static_range(dims):
-            result = result + (v[a] + moved[a],)
-        moved = result
-    return moved
+        at, weights, _slopes = _tap(table, s, i, tap, False)
+        moved = tuples.add(moved, tuples.scale(_vector(table[0] + at * dims, 1, dims, mask, COMPUTE), product(weights)))
+    if TANGENT:
+        return moved
+    else:
+        return tuples.add(v, moved)
 
 
 @triton.jit
@@ -188,19 +166,19 @@ def free_form_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS: tl.constexpr,
             weight *= tl.where(near, _spline(s[a] + 1 - c), 0.0)
         for a in tl.static_range(dims):
             _add(table[1] + at * dims + a, g[a] * weight)
-    grad_v = g
     if NEED_POINT:
+        grad_s = tuples.zeros(dims, v[0].shape, COMPUTE)
         for tap in range(4**dims):
-            at, _weight, slopes = _tap(table, s, i, tap, True)
-            along = tl.zeros_like(g[0])
-            for a in tl.static_range(dims):
-                along += g[a] * tl.load(table[0] + at * dims + a, mask=mask, other=0.0).to(COMPUTE)
-            new = ()
-            for a in tl.static_range(dims):
-                per_unit = tl.cast(sizes[a] - 3, COMPUTE) * 0.5
-                new = new + (grad_v[a] + tl.where(inner[a], along * slopes[a] * per_unit, 0.0),)
-            grad_v = new
-    return grad_v
+            at, weights, slopes = _tap(table, s, i, tap, True)
+            along = _dot(g, _vector(table[0] + at * dims, 1, dims, mask, COMPUTE))
+            grad_s = tuples.add(grad_s, product_vjp(weights, slopes, along))
+        grad_v = ()
+        for a in tl.static_range(dims):
+            per_unit = tl.cast(sizes[a] - 3, COMPUTE) * 0.5
+            grad_v = grad_v + (g[a] + tl.where(inner[a], grad_s[a] * per_unit, 0.0),)
+        return grad_v
+    else:
+        return g
 
 
 @triton.jit
@@ -224,11 +202,13 @@ def _cells(table, v):
 
 @triton.jit
 def _tap(table, s, i, tap, SLOPES: tl.constexpr):
-    """One of the 4 ** d control points about each lane: its number, weight and, if asked for, the slopes of that."""
+    """One of the 4 ** d control points about each lane: its number, its weight along each axis and, if asked for, the
+    slopes of these.
+    """
     at = tl.zeros_like(i[0])
     step = 1
     weights = ()
-    derivatives = ()
+    slopes = ()
     for a in tl.static_range(len(s)):
         c = i[a] + tap % 4
         tap = tap // 4
@@ -236,19 +216,8 @@ def _tap(table, s, i, tap, SLOPES: tl.constexpr):
         step *= table[2][a]
         weights = weights + (_spline(s[a] + 1 - c),)
         if SLOPES:
-            derivatives = derivatives + (_spline_slope(s[a] + 1 - c),)
-    weight = weights[0]
-    for a in tl.static_range(1, len(s)):
-        weight = weight * weights[a]
-    slopes = ()
-    if SLOPES:
-        for a in tl.static_range(len(s)):
-            slope = derivatives[a]
-            for b in tl.static_range(len(s)):
-                if b != a:
-                    slope = slope * weights[b]
-            slopes = slopes + (slope,)
-    return at, weight, slopes
+            slopes = slopes + (_spline_slope(s[a] + 1 - c),)
+    return at, weights, slopes
 
 
 @triton.jit
@@ -329,15 +298,10 @@ def linear_basis(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COM
     dims: tl.constexpr = len(v)
     count = table[2][0]
     at = offset(p, table[3][1], INDEX)
-    result = ()
-    for a in tl.static_range(dims):
-        result = result + (tl.zeros_like(v[a]),)
+    result = tuples.zeros(dims, v[0].shape, COMPUTE)
     for b in range(count):
         basis = tl.load(table[3][0] + at + b * table[3][1][dims], mask=mask, other=0.0).to(COMPUTE)
-        new = ()
-        for a in tl.static_range(dims):
-            new = new + (result[a] + tl.load(table[0] + a * count + b).to(COMPUTE) * basis,)
-        result = new
+        result = tuples.add(result, tuples.scale(_vector(table[0] + b, count, dims, None, COMPUTE), basis))
     return result
 
 
@@ -365,18 +329,13 @@ def field(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: t
           INDEX: tl.constexpr, TANGENT: tl.constexpr):  # fmt: skip
     """A field of points, (*field_size, d), read bilinearly; beyond its border, the border's."""
     dims: tl.constexpr = len(v)
-    result = ()
-    for a in tl.static_range(dims):
-        result = result + (tl.zeros_like(v[a]),)
+    result = tuples.zeros(dims, v[0].shape, COMPUTE)
     first, fraction, _inner = _field_cells(table, v, ALIGN_CORNERS, COMPUTE)
     for corner in tl.static_range(2**dims):
-        index, weight, _slopes = _field_corner(table, first, fraction, corner)
+        index, weights, _slopes = _field_corner(table, first, fraction, corner)
         at = table[3][0] + offset(index, table[3][1], INDEX)
-        new = ()
-        for a in tl.static_range(dims):
-            value = tl.load(at + a * table[3][1][dims], mask=mask, other=0.0).to(COMPUTE)
-            new = new + (result[a] + weight * value,)
-        result = new
+        vector = _vector(at, table[3][1][dims], dims, mask, COMPUTE)
+        result = tuples.add(result, tuples.scale(vector, product(weights)))
     return result
 
 
@@ -384,30 +343,21 @@ def field(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: t
 def field_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr,
               INDEX: tl.constexpr, NEED_POINT: tl.constexpr):  # fmt: skip
     dims: tl.constexpr = len(v)
-    grad_v = ()
-    for a in tl.static_range(dims):
-        grad_v = grad_v + (tl.zeros_like(v[a]),)
+    grad_x = tuples.zeros(dims, v[0].shape, COMPUTE)
     first, fraction, inner = _field_cells(table, v, ALIGN_CORNERS, COMPUTE)
     for corner in tl.static_range(2**dims):
-        index, weight, slopes = _field_corner(table, first, fraction, corner)
-        along = tl.zeros_like(g[0])
-        for a in tl.static_range(dims):
-            if len(table[4]) > 0:
-                tl.atomic_add(
-                    table[4][0] + offset(index, table[4][1], INDEX) + a * table[4][1][dims],
-                    weight * g[a],
-                    mask=mask,
-                    sem="relaxed",
-                )
-            if NEED_POINT:
-                at = table[3][0] + offset(index, table[3][1], INDEX) + a * table[3][1][dims]
-                along += g[a] * tl.load(at, mask=mask, other=0.0).to(COMPUTE)
-        if NEED_POINT:
-            new = ()
+        index, weights, slopes = _field_corner(table, first, fraction, corner)
+        if len(table[4]) > 0:
+            at = table[4][0] + offset(index, table[4][1], INDEX)
             for a in tl.static_range(dims):
-                per_unit = pixels_per_unit(table[3][2][a], ALIGN_CORNERS, COMPUTE)
-                new = new + (grad_v[a] + tl.where(inner[a], along * slopes[a] * per_unit, 0.0),)
-            grad_v = new
+                tl.atomic_add(at + a * table[4][1][dims], product(weights) * g[a], mask=mask, sem="relaxed")
+        if NEED_POINT:
+            vector = _vector(table[3][0] + offset(index, table[3][1], INDEX), table[3][1][dims], dims, mask, COMPUTE)
+            grad_x = tuples.add(grad_x, product_vjp(weights, slopes, _dot(g, vector)))
+    grad_v = ()
+    for a in tl.static_range(dims):
+        per_unit = pixels_per_unit(table[3][2][a], ALIGN_CORNERS, COMPUTE)
+        grad_v = grad_v + (tl.where(inner[a], grad_x[a] * per_unit, 0.0),)
     return grad_v
 
 
@@ -415,21 +365,13 @@ def field_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COM
 def displacement(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr,
                  INDEX: tl.constexpr, TANGENT: tl.constexpr):  # fmt: skip
     """The point, moved by a field of normalised displacements."""
-    moved = field(table, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
-    result = ()
-    for a in tl.static_range(len(v)):
-        result = result + (v[a] + moved[a],)
-    return result
+    return tuples.add(v, field(table, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT))
 
 
 @triton.jit
 def displacement_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr,
                      INDEX: tl.constexpr, NEED_POINT: tl.constexpr):  # fmt: skip
-    grad_v = field_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, NEED_POINT)
-    result = ()
-    for a in tl.static_range(len(v)):
-        result = result + (g[a] + grad_v[a],)
-    return result
+    return tuples.add(g, field_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, NEED_POINT))
 
 
 @triton.jit
@@ -437,22 +379,22 @@ def pixel_displacement(table, v, p, mask, input_size, ALIGN_CORNERS: tl.constexp
                        INDEX: tl.constexpr, TANGENT: tl.constexpr):  # fmt: skip
     """The same by displacements in pixels of the input."""
     moved = field(table, v, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, TANGENT)
-    result = ()
-    for a in tl.static_range(len(v)):
-        result = result + (v[a] + moved[a] / pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE),)
-    return result
+    return tuples.add(v, _in_units(moved, input_size, ALIGN_CORNERS, COMPUTE))
 
 
 @triton.jit
 def pixel_displacement_vjp(table, v, g, p, mask, input_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr,
                            INDEX: tl.constexpr, NEED_POINT: tl.constexpr):  # fmt: skip
-    scaled = ()
-    for a in tl.static_range(len(v)):
-        scaled = scaled + (g[a] / pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE),)
-    grad_v = field_vjp(table, v, scaled, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, NEED_POINT)
+    moved = _in_units(g, input_size, ALIGN_CORNERS, COMPUTE)
+    return tuples.add(g, field_vjp(table, v, moved, p, mask, input_size, ALIGN_CORNERS, COMPUTE, INDEX, NEED_POINT))
+
+
+@triton.jit
+def _in_units(x, size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+    """Pixels of an image → normalised units; gradients of these → of pixels."""
     result = ()
-    for a in tl.static_range(len(v)):
-        result = result + (g[a] + grad_v[a],)
+    for a in tl.static_range(len(x)):
+        result = result + (x[a] / pixels_per_unit(size[a], ALIGN_CORNERS, COMPUTE),)
     return result
 
 
@@ -476,28 +418,41 @@ def _field_cells(table, v, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _field_corner(table, first, fraction, corner: tl.constexpr):
-    """One of the 2 ** d pixels about each lane: where, its weight, and that weight's slopes per pixel."""
+    """One of the 2 ** d pixels about each lane: where, its weights along each axis, and their slopes per pixel."""
     index = ()
     weights = ()
+    slopes = ()
     for a in tl.static_range(len(first)):
         if corner // 2**a % 2 == 0:
             index = index + (first[a],)
             weights = weights + (1 - fraction[a],)
+            slopes = slopes + (-1.0,)
         else:
             last = tl.zeros_like(first[a]) + (table[3][2][a] - 1)
             index = index + (tl.minimum(first[a] + 1, last),)
             weights = weights + (fraction[a],)
-    weight = weights[0]
-    for a in tl.static_range(1, len(first)):
-        weight = weight * weights[a]
-    slopes = ()
-    for a in tl.static_range(len(first)):
-        slope = tl.full(fraction[a].shape, -1.0 if corner // 2**a % 2 == 0 else 1.0, fraction[a].dtype)
-        for b in tl.static_range(len(first)):
-            if b != a:
-                slope = slope * weights[b]
-        slopes = slopes + (slope,)
-    return index, weight, slopes
+            slopes = slopes + (1.0,)
+    return index, weights, slopes
+
+
+@triton.jit
+def _vector(ptr, stride, LENGTH: tl.constexpr, mask, COMPUTE: tl.constexpr):
+    """Some numbers that lie so far apart, 0 where masked."""
+    result = ()
+    for a in tl.static_range(LENGTH):
+        if mask is None:
+            result = result + (tl.load(ptr + a * stride).to(COMPUTE),)
+        else:
+            result = result + (tl.load(ptr + a * stride, mask=mask, other=0.0).to(COMPUTE),)
+    return result
+
+
+@triton.jit
+def _dot(x, y):
+    result = x[0] * y[0]
+    for a in tl.static_range(1, len(x)):
+        result += x[a] * y[a]
+    return result
 
 
 @triton.jit

@@ -4,6 +4,7 @@ A new transform, interpolation or padding mode is one row in a table here and on
 functions where the row points.
 """
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -145,6 +146,13 @@ def transform(kind: str) -> Transform:
     return TRANSFORMS.get(kind, _CHAIN)
 
 
+@functools.cache
+def _parse(kind: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """A chain's links, by name, and their sizes."""
+    found = re.findall(r"(\w+)(?:\[([\d,]*)\])?", kind)
+    return tuple((name, tuple(int(n) for n in sizes.split(",") if n)) for name, sizes in found)
+
+
 def is_chain(kind: str) -> bool:
     return kind not in TRANSFORMS
 
@@ -159,8 +167,8 @@ def chain(kind: str, auxiliary: Any, grad_auxiliary: Any, dims: int) -> Any:
     if not is_chain(kind):
         return (), ()
     links, sizes, start = (), (), 0
-    for name, numbers in re.findall(r"(\w+)(?:\[([\d,]*)\])?", kind):
-        link, size = LINKS[name], tuple(int(n) for n in numbers.split(",") if n)
+    for name, size in _parse(kind):
+        link = LINKS[name]
         count = link.count(dims, *size)
         links += ((link.map, link.map_vjp, tl.constexpr(0 if link.table else count)),)
         sizes += ((start, *size),)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .coordinates import centred, middle, offset, pixels_per_unit
-from .matrix import rows, rows_vjp
+from .matrix import divide, divide_vjp, rows, rows_vjp
 
 
 @triton.jit
@@ -241,7 +241,7 @@ def projective_load_vjp(
 
 @triton.jit
 def projective(coefficients, u, input_size):
-    _, offset_from_middle, ahead = _project(coefficients, u)
+    _, offset_from_middle, ahead = divide(coefficients, u)
     x = ()
     for a in tl.static_range(len(u)):
         # At or behind infinity: out of bounds, wherever that is.
@@ -252,7 +252,7 @@ def projective(coefficients, u, input_size):
 @triton.jit
 def projective_jvp(coefficients, t, u):
     dims: tl.constexpr = len(u)
-    inverse, y, ahead = _project(coefficients, u)
+    inverse, y, ahead = divide(coefficients, u)
     changes = rows(t, u)
     x = ()
     for a in tl.static_range(dims):
@@ -262,20 +262,14 @@ def projective_jvp(coefficients, t, u):
 
 @triton.jit
 def projective_vjp(coefficients, u, g):
-    inverse, y, ahead = _project(coefficients, u)
-    scaled = ()
-    last = tl.zeros_like(inverse)
-    for a in tl.static_range(len(u)):
-        row = tl.where(ahead, g[a] * inverse, 0.0)
-        scaled = scaled + (row,)
-        last -= row * y[a]
-    return rows_vjp(scaled + (last,), u)
+    inverse, y, ahead = divide(coefficients, u)
+    return rows_vjp(divide_vjp(inverse, y, ahead, g), u)
 
 
 @triton.jit
 def projective_vjp_jvp(coefficients, t, u, g):
     dims: tl.constexpr = len(u)
-    inverse, y, ahead = _project(coefficients, u)
+    inverse, y, ahead = divide(coefficients, u)
     changes = rows(t, u)
     inverse_change = -inverse * inverse * changes[dims]
     scaled = ()
@@ -286,19 +280,6 @@ def projective_vjp_jvp(coefficients, t, u, g):
         scaled = scaled + (row,)
         last -= row * y[a] + tl.where(ahead, g[a] * inverse * y_change, 0.0)
     return rows_vjp(scaled + (last,), u)
-
-
-@triton.jit
-def _project(coefficients, u):
-    """The divisor's inverse, the source pixel from the middle, and whether it is ahead of infinity."""
-    dims: tl.constexpr = len(u)
-    products = rows(coefficients, u)
-    ahead = products[dims] > 1e-30
-    inverse = 1.0 / tl.where(ahead, products[dims], 1.0)
-    y = ()
-    for a in tl.static_range(dims):
-        y = y + (products[a] * inverse,)
-    return inverse, y, ahead
 
 
 @triton.jit

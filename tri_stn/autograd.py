@@ -97,16 +97,11 @@ def _warp_largest(input: Tensor, parameters: Tensor, size: Sequence[int], *optio
     kind, mode, padding_mode, align_corners, supersample = options
     indices = _apply(_Argmax, input.detach(), parameters.detach(), size, options)
     channels, depth = input.shape[1], size[0]
-    dtype, transform = reference.compute_dtype(input.dtype), reference.TRANSFORMS[kind]
-    sizes = tuple(reversed(input.shape[2:])), tuple(reversed(size))
-    coefficients = transform.load(parameters.to(dtype), *sizes, align_corners).unsqueeze(2)
+    dtype = reference.compute_dtype(input.dtype)
     y, x = (torch.arange(n, device=input.device, dtype=dtype) - (n - 1) / 2 for n in size[1:])
     z = indices.to(dtype).unflatten(0, (-1, parameters.shape[1])).flatten(3) - (depth - 1) / 2  # (M, K, C, P)
     u = [x.repeat(size[1]), y.repeat_interleave(size[2]), z]
-    places = transform.map(coefficients, reference._Pixels(0, z.shape[-1], [], u, sizes[1], sizes[0], align_corners))
-    edge = 0.0 if align_corners else 0.5
-    units = [points.pixels_per_unit(n, align_corners) or 1.0 for n in sizes[0]]
-    grid = torch.stack([(place + edge) / unit - 1 for place, unit in zip(places, units, strict=True)], -1)
+    grid = reference.matrix_grid(kind, parameters.to(dtype), u, input.shape[2:], size, align_corners)
     grid = grid.transpose(1, 2).flatten(0, 1).unflatten(2, (1, *size[1:]))  # (M * C, K, 1, H, W, 3)
     images = input.flatten(0, 1).unsqueeze(1)
     call = torch.ops.tri_stn.warp if torch.compiler.is_exporting() else _warp

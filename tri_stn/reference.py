@@ -140,6 +140,20 @@ def projective_vjp_jvp(
     grad += _rows_vjp([*rows, last], pixels)
 
 
+def matrix_grid(
+    kind: str, matrix: Tensor, u: list[Tensor], input_size: Sequence[int], size: Sequence[int], align_corners: bool
+) -> Tensor:
+    """Where an affine or projective map (M, K, rows, d+1) looks from places of the output, each (P,) or (M, K, C, P), x
+    first and measured from the middle: normalised, (M, K, C, P, d), differentiable in the map.
+    """
+    sizes, transform = (tuple(reversed(input_size)), tuple(reversed(size))), TRANSFORMS[kind]
+    pixels = _Pixels(0, u[-1].shape[-1], [], u, sizes[1], sizes[0], align_corners)
+    places = transform.map(transform.load(matrix, *sizes, align_corners).unsqueeze(2), pixels)
+    edge = 0.0 if align_corners else 0.5
+    units = [_pixels_per_unit(n, align_corners) or 1.0 for n in sizes[0]]
+    return torch.stack([(place + edge) / unit - 1 for place, unit in zip(places, units, strict=True)], -1)
+
+
 def _project(coefficients: Tensor, pixels: _Pixels) -> tuple[Tensor, list[Tensor], Tensor]:
     """The divisor's inverse, the source pixel from the middle, and whether it is ahead of infinity."""
     *rows, divisor = _rows(coefficients, pixels)

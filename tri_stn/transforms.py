@@ -441,8 +441,22 @@ class Displacement(_Dense):
         return Displacement(invert_displacement(self, iterations, align_corners), self.unit)
 
 
+class _PointPairs(Transform):
+    """Maps of 2-D images that send some output points to the source points given for them."""
+
+    source_points: Tensor  # a field of the classes below
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.source_points.shape[:-2]
+
+    @property
+    def dims(self) -> int:
+        return 2
+
+
 @dataclass(frozen=True, eq=False)
-class ThinPlateSpline(Transform):
+class ThinPlateSpline(_PointPairs):
     """A thin-plate spline: the smoothest map that reads the output points ``target_points`` at ``source_points``.
 
     The system of K + 3 equations is solved in fp64, once for a tensor ``target_points``, whose identity it is kept by:
@@ -482,14 +496,6 @@ class ThinPlateSpline(Transform):
         bent = solved @ self.source_points.double()
         targets = self.target_points.double().expand(*self.batch, -1, 2)
         return torch.cat([targets, bent], -2).flatten(-2)
-
-    @property
-    def batch(self) -> torch.Size:
-        return self.source_points.shape[:-2]
-
-    @property
-    def dims(self) -> int:
-        return 2
 
 
 _solutions = torch.utils.weak.WeakTensorKeyDictionary()
@@ -564,7 +570,7 @@ class FreeForm(Transform):
 
 
 @dataclass(frozen=True, eq=False)
-class PiecewiseAffine(Transform):
+class PiecewiseAffine(_PointPairs):
     """An affine map of its own on each triangle of a mesh; outside every triangle, out of bounds.
 
     The corner ``target_points[i]`` of the output reads ``source_points[..., i, :]``. Where triangles
@@ -607,14 +613,6 @@ class PiecewiseAffine(Transform):
         shares = torch.linalg.inv_ex(columns)[0].flatten(-2)  # (T, 9); a flat triangle holds no point
         sources = self.source_points.double()[..., self.triangles, :].flatten(-2)
         return torch.cat([shares.expand(*self.batch, -1, 9), sources], -1).flatten(-2)
-
-    @property
-    def batch(self) -> torch.Size:
-        return self.source_points.shape[:-2]
-
-    @property
-    def dims(self) -> int:
-        return 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -675,9 +673,8 @@ class Compose(Transform):
 
     Nothing in between is stored. Neighbouring affine and projective maps become one matrix. A field in the
     chain, a `Displacement` or `Grid`, is itself read bilinearly where the maps before it look, and beyond
-    its border as at the border; it may have any size. One field at most; join two first: the displacement of
-    "f, then g" is
-    ``f + warp(g, Displacement(f))``, fields as images.
+    its border as at the border. It may have any size, but that of the first map is the output's. One field at
+    most; join two first: the displacement of "f, then g" is ``f + warp(g, Displacement(f))``, fields as images.
 
     Args:
         *transforms: two or more, all for the same number of dimensions, each for N or (N, K) maps; one map serves
