@@ -26,8 +26,8 @@ class SpatialTransformer(nn.Module):
             "piecewise_affine"; or a `ParametricMap`, such as ``ProjectiveMap(dims=3)``.
         size: the output's ([D,] [H,] W) in pixels; an integer for all axes; by default the input's.
         parallel: K maps per image, each with an output of its own. The input is not copied.
-        bounds: how far each number may go from where it starts, either way: one for all, or a tensor (P,). The departure r
-            becomes ``bounds * tanh(r / bounds)``.
+        bounds: how far each number may go from where it starts, either way: one for all, or a tensor (P,). The
+            departure r becomes ``bounds * tanh(r / bounds)``.
         residual: False if localisation gives the map's numbers themselves, as networks do that were made elsewhere,
             with the identity in their last bias.
         mode, padding_mode, align_corners, antialias, fill: as of `tri_stn.warp`.
