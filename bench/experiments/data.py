@@ -64,16 +64,16 @@ def load_digits(mnist: Path | None = None) -> Digits:
     """
     if mnist is not None:
         parts = [
-            Images(_idx(mnist, f"{part}-images-idx3-ubyte").unsqueeze(1).float() / 255, _idx(mnist, f"{part}-labels-idx1-ubyte").long())
+            Images(_idx(mnist, f"{part}-images-idx3-ubyte"), _idx(mnist, f"{part}-labels-idx1-ubyte").long())
             for part in ("train", "t10k")
-        ]  # fmt: skip
+        ]
         for part in parts:
-            if part.pixels.shape[1:] != (1, SIDE, SIDE) or len(part.pixels) != len(part.labels):
+            if part.pixels.shape[1:] != (SIDE, SIDE) or len(part.pixels) != len(part.labels):
                 raise ValueError(
                     f"{mnist} must hold images of {SIDE} × {SIDE} pixels and a label for each; got "
                     f"{tuple(part.pixels.shape)} and {len(part.labels)} labels."
                 )
-        train, test = parts
+        train, test = (Images(part.pixels.unsqueeze(1).float() / 255, part.labels) for part in parts)
         held = max(1, len(train) // 12)  # 5,000 of 60,000
         order = _shuffled(len(train))
         return Digits("MNIST", train[order[held:]], train[order[:held]], test)
@@ -111,32 +111,34 @@ def _idx(folder: Path, name: str) -> Tensor:
     return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)
 
 
-# --- distortions -------------------------------------------------------------------------------------
+# --- scenes ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Distortion:
-    """One of the paper's: how a digit is put on its canvas. The map is from the canvas to the image, as samplers take it."""
+class Scene:
+    """What an experiment makes of digits."""
 
     title: str
     canvas: int
     """Pixels along a side."""
-    draw: Callable[[int, torch.Generator, float], Transform]
-    """(images, generator, amount from 0 to 1) → a transform for so many images."""
+    make: Callable[[Images, torch.Generator, float], Images]
+    """(digits, generator, difficulty from 0 to 1) → scenes (N, channels, canvas, canvas) and labels, as many."""
+    channels: int = 1
+    classes: int = 10
 
-    def apply(self, images: Images, generator: torch.Generator, amount: float = 1.0) -> Images:
-        """Each image distorted in its own way."""
-        transform = self.draw(len(images), generator, amount)
-        given = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}
-        moved = {name: v.to(images.pixels.device) for name, v in given.items() if isinstance(v, Tensor)}
-        transform = dataclasses.replace(transform, **moved)
-        return Images(tri_stn.warp(images.pixels, transform, (self.canvas, self.canvas)), images.labels)
+
+def distorted(images: Images, transform: Transform, canvas: int) -> Images:
+    """Each image read through its own map, which is the sampler's: from the canvas to the image."""
+    given = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}
+    moved = {name: v.to(images.pixels.device) for name, v in given.items() if isinstance(v, Tensor)}
+    transform = dataclasses.replace(transform, **moved)
+    return Images(tri_stn.warp(images.pixels, transform, (canvas, canvas)), images.labels)
 
 
 def similarity(
     n: int, generator: torch.Generator, degrees: float, scales: tuple[float, float], shift: float, zoom: float
-) -> Tensor:
-    """theta (N, 2, 3): rotated by up to so many degrees, scaled, and moved by up to so many canvas widths.
+) -> Transform:
+    """Rotated by up to so many degrees, scaled, and moved.
 
     Args:
         n: how many.
@@ -152,25 +154,26 @@ def similarity(
     cos, sin = angle.cos(), angle.sin()
     # The sampler asks where each canvas point looks in the image: undo the shift, the rotation, the scale.
     linear = torch.stack([cos, sin, -sin, cos], -1).view(n, 2, 2) * (zoom / scale)[:, None, None]
-    return torch.cat([linear, -linear @ (shift * u[2:].T).unsqueeze(-1)], -1)
+    return tri_stn.Affine(torch.cat([linear, -linear @ (shift * u[2:].T).unsqueeze(-1)], -1))
 
 
-def _rotation(n: int, generator: torch.Generator, amount: float) -> Transform:
-    return tri_stn.Affine(similarity(n, generator, 90 * amount, (1, 1), 0, 1))
+def _rotated(images: Images, generator: torch.Generator, amount: float) -> Images:
+    return distorted(images, similarity(len(images), generator, 90 * amount, (1, 1), 0, 1), SIDE)
 
 
-def _similarity(n: int, generator: torch.Generator, amount: float) -> Transform:
+def _moved(images: Images, generator: torch.Generator, amount: float) -> Images:
     scales = 0.7**amount, 1.2**amount
-    return tri_stn.Affine(similarity(n, generator, 45 * amount, scales, amount * 7 / 21, 42 / 28))
+    return distorted(images, similarity(len(images), generator, 45 * amount, scales, amount / 3, 42 / SIDE), 42)
 
 
 CORNERS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
 
 
-def _projective(n: int, generator: torch.Generator, amount: float) -> Transform:
+def _projected(images: Images, generator: torch.Generator, amount: float) -> Images:
     """The canvas' corners look at places up to 0.4 of a half-width from the image's, along each axis."""
+    n = len(images)
     moved = CORNERS + 0.4 * amount * (2 * torch.rand(n, 4, 2, generator=generator) - 1)
-    return tri_stn.Projective(homography(CORNERS.expand(n, 4, 2), moved))
+    return distorted(images, tri_stn.Projective(homography(CORNERS.expand(n, 4, 2), moved)), SIDE)
 
 
 def homography(targets: Tensor, sources: Tensor) -> Tensor:
@@ -188,23 +191,58 @@ def homography(targets: Tensor, sources: Tensor) -> Tensor:
 KNOTS = torch.cartesian_prod(*[torch.linspace(-1, 1, 4)] * 2).flip(-1).contiguous()
 
 
-def _elastic(n: int, generator: torch.Generator, amount: float) -> Transform:
+def _bent(images: Images, generator: torch.Generator, amount: float) -> Images:
     """A thin-plate spline through 4 × 4 points, each moved at random."""
-    moved = KNOTS + 0.15 * amount * torch.randn(n, len(KNOTS), 2, generator=generator)
-    return tri_stn.ThinPlateSpline(KNOTS, moved)
+    moved = KNOTS + 0.15 * amount * torch.randn(len(images), len(KNOTS), 2, generator=generator)
+    return distorted(images, tri_stn.ThinPlateSpline(KNOTS, moved), SIDE)
 
 
 DISTORTIONS = {
-    "R": Distortion("rotation, ±90°", SIDE, _rotation),
-    "RTS": Distortion("rotation ±45°, scale 0.7 to 1.2, shift", 42, _similarity),
-    "P": Distortion("projective", SIDE, _projective),
-    "E": Distortion("elastic", SIDE, _elastic),
+    "R": Scene("rotation, ±90°", SIDE, _rotated),
+    "RTS": Scene("rotation ±45°, scale 0.7 to 1.2, shift", 42, _moved),
+    "P": Scene("projective", SIDE, _projected),
+    "E": Scene("elastic", SIDE, _bent),
 }
 
 
-def fixed_scenes(images: Images, distortion: Distortion, copies: int, seed: int) -> Images:
-    """Held-out images, each under so many distortions that are always the same."""
-    return distortion.apply(images.repeat(copies), torch.Generator().manual_seed(seed))
+def _pairs(images: Images, generator: torch.Generator, amount: float) -> Images:
+    """Two digits in two channels, each turned, scaled and moved in its own way; the label is their sum."""
+    other = images[torch.randperm(len(images), generator=generator).to(images.labels.device)]
+    one, two = (_moved(part, generator, amount) for part in (images, other))
+    return Images(torch.cat([one.pixels, two.pixels], 1), one.labels + two.labels)
+
+
+ADDITION = Scene("two digits, each with a rotation of ±45°, scale 0.7 to 1.2 and shift", 42, _pairs, 2, 19)
+
+FRAGMENTS, FRAGMENT = 12, 6
+"""Pieces of other digits in a cluttered scene, and the pixels along a side of one."""
+
+
+def _cluttered(images: Images, generator: torch.Generator, amount: float) -> Images:
+    """A digit somewhere on a canvas of 60 × 60, among pieces of other digits."""
+    n, canvas, device = len(images), 60, images.pixels.device
+    shift = amount * (1 - 20 / canvas)  # the digit itself, 20 pixels wide, stays inside
+    scenes = distorted(images, similarity(n, generator, 0, (1, 1), shift, canvas / SIDE), canvas).pixels
+    for _ in range(round(amount * FRAGMENTS)):
+        other = images.pixels[torch.randint(n, (n,), generator=generator).to(device)]
+        # A window of the other digit's middle, pasted somewhere: two maps, both with steps of whole pixels.
+        start = torch.randint(4, SIDE - 4 - FRAGMENT, (n, 2), generator=generator)
+        place = torch.randint(0, canvas - FRAGMENT, (n, 2), generator=generator)
+        index = [a[:, :1] + torch.arange(FRAGMENT) for a in (start[:, :1], start[:, 1:], place[:, :1], place[:, 1:])]
+        from_y, from_x, to_y, to_x = (i.to(device) for i in index)
+        rows = torch.arange(n, device=device)[:, None, None]
+        piece = other[rows, 0, from_y[:, :, None], from_x[:, None, :]]
+        here = rows, 0, to_y[:, :, None], to_x[:, None, :]
+        scenes[here] = torch.maximum(scenes[here], piece)
+    return Images(scenes, images.labels)
+
+
+CLUTTERED = Scene(f"a digit anywhere on 60 × 60 pixels, among {FRAGMENTS} pieces of others", 60, _cluttered)
+
+
+def fixed_scenes(images: Images, scene: Scene, copies: int, seed: int) -> Images:
+    """Held-out images in so many scenes each, which are always the same."""
+    return scene.make(images.repeat(copies), torch.Generator().manual_seed(seed), 1.0)
 
 
 def epoch_batch(n: int, step: int, size: int, seed: int) -> Tensor:

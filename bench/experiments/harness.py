@@ -97,7 +97,7 @@ class Job:
 
 
 Work = Callable[[Job, Path, Callable[[float], None]], dict[str, Any]]
-"""Trains one job, with a checkpoint and a report of its share done; gives numbers and words. At a module's top level."""
+"""Trains one job, with a checkpoint and a report of its share done; gives numbers and words. A module's function."""
 
 
 def run(jobs: Sequence[Job], work: Work, arguments: argparse.Namespace) -> list[dict[str, Any]]:

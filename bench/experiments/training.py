@@ -105,7 +105,7 @@ class Cost:
     milliseconds: float
     """Median of a step, forward, backward and update."""
     peak_mebibytes: float
-    """The most memory in use during a step's forward and backward pass, beyond the model, its gradients and the batch."""
+    """The most memory in use during a step's passes, beyond model, gradients and batch."""
     losses: list[float]
 
 
