@@ -20,7 +20,7 @@ ANGLE, ZOOM = 33.0, 1.1
 
 def draw(photo: Photo, path: Path, side: int = SIDE) -> None:
     """The input between both mappings, and the forward one once more, with the weights that bilinear reading has."""
-    image = photo.patch(side, side, shrink=max(1, min(photo.size) // 60))
+    image = photo.patch(side, side, shrink=max(1, min(photo.size) // 32))
     size = image.shape[-2:]
     forward = content_map(ANGLE, ZOOM, size).inverse()
     landed = landings(forward, size, size)
@@ -53,10 +53,13 @@ def draw(photo: Photo, path: Path, side: int = SIDE) -> None:
         _count(sheet, columns[0], y, ACCENT, f"{int(holes.sum())} holes: nothing lands there")
         _count(sheet, columns[0], y + 28, SECOND, f"{int(overlaps.sum())} overlaps: two land there")
         sheet.write(columns[2], y, "every pixel has exactly one value:\nno holes, no overlaps", size=12)
-        sheet.write(columns[3], y, "normalize=True divides by the sum\nof the shares: fewer holes, but blurred", size=12)
-        for row, column in _examples(size):
-            _arrow(sheet, source, first, *_pairs(forward, size, row, column, rounded=True))
-            _arrow(sheet, second, source, *_pairs(forward.inverse(), size, row, column, rounded=False))
+        left = int(((weight[0, 0] == 0) & inside).sum())
+        text = f"every pixel is a mean of shares:\n{left or 'no'} holes, but blurred"
+        sheet.write(columns[3], y, text, size=12)
+        pixel = round(size[0] * 0.3), round(size[1] * 0.55)
+        _arrow(sheet, source, first, *_pairs(forward, size, *pixel, rounded=True))
+        pixel = round(size[0] * 0.7), round(size[1] * 0.45)
+        _arrow(sheet, second, source, *_pairs(forward.inverse(), size, *pixel, rounded=False))
         sheet.save(path)
 
 
@@ -102,11 +105,6 @@ def _count(sheet: Page, x: float, y: float, colour: str, text: str) -> None:
     sheet.write(x + 24, y, text, size=12)
 
 
-def _examples(size: torch.Size) -> list[tuple[int, int]]:
-    """Pixels whose way is drawn."""
-    return [(round(size[0] * y), round(size[1] * x)) for y, x in ((0.25, 0.42), (0.52, 0.7), (0.74, 0.36))]
-
-
 def _pairs(
     transform: tri_stn.Affine, size: torch.Size, row: int, column: int, rounded: bool
 ) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -121,12 +119,17 @@ def _pairs(
 def _arrow(sheet: Page, a: Any, b: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
     """From a pixel of one panel to a place in another."""
     from matplotlib.patches import ConnectionPatch, Rectangle
+    from matplotlib.patheffects import withStroke
 
+    seam = [withStroke(linewidth=4.5, foreground="white")]  # to be seen on any photograph
     for axes, (x, y) in ((a, start), (b, end)):
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.6, zorder=3))
+        corner = x - 0.5, y - 0.5
+        axes.add_patch(
+            Rectangle(corner, 1, 1, fill=False, edgecolor=INK, linewidth=1.8, zorder=3, path_effects=seam)
+        )
     sheet.figure.add_artist(
         ConnectionPatch(
-            start, end, "data", "data", axesA=a, axesB=b, arrowstyle="-|>", color=INK, linewidth=1.4,
-            connectionstyle="arc3,rad=0.12", shrinkA=3, shrinkB=3, mutation_scale=14,
+            start, end, "data", "data", axesA=a, axesB=b, arrowstyle="-|>", color=INK, linewidth=1.8, mutation_scale=16,
+            connectionstyle="arc3,rad=0.15", shrinkA=7, shrinkB=7, path_effects=seam,
         )
     )  # fmt: skip
