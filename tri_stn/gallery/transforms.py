@@ -17,54 +17,58 @@ from .photograph import Photo
 
 CODE = {
     "The input": "",
-    "Affine": "Affine(tensor([[[0.9, 0.5, 0.1],\n                [-0.3, 1.1, 0.0]]]))",
-    "Attention": "Attention(scale=tensor([0.5]),\n          translation=tensor([[-0.3, 0.1]]))",
+    "Affine": "Affine(tensor([[[0.9, 0.5, 0.1],\n  [-0.3, 1.1, 0.0]]]))",
+    "Attention": "Attention(scale=tensor([0.5]),\n  translation=tensor([[-0.3, 0.1]]))",
     "Similarity": "Similarity(scale=tensor([0.8]), angle=\n  tensor([0.5]), translation=zeros(1, 2))",
     "Projective": "Projective(tensor([[[1.0, 0.2, 0.0],\n  [0.0, 1.0, 0.0], [0.1, 0.5, 1.0]]]))",
     "ThinPlateSpline": "ThinPlateSpline(points, points + moves)\n# 5 points: the corners and the middle",
     "FreeForm": "FreeForm(0.15 * randn(1, 6, 6, 2))\n# cubic B-splines between 6 × 6 points",
-    "PiecewiseAffine": "PiecewiseAffine(points, triangles,\n                points + moves)",
+    "PiecewiseAffine": "PiecewiseAffine(points, triangles,\n  points + moves)  # four triangles",
     "LinearBasis": "LinearBasis(coefficients, basis)\n# basis: x, y, x², y², sin 3x, sin 3y",
     "Displacement": 'Displacement(field, unit="pixel")\n# a wave, one vector for each pixel',
     "Velocity": "Velocity(swirl, steps=7)\n# the flow of a field: never folds",
-    "Compose": "Compose(Affine(rotation(30, degrees=True)),\n        FreeForm(lattice))  # read once",
+    "Compose": "Compose(Affine(turn), FreeForm(lattice))\n# two maps, and the input is read once",
 }
 """Class → the code below its pictures, which is what runs."""
+
+CELLS = 12
+"""Of the pattern, along each axis."""
 
 
 def draw(photo: Photo, path: Path, width: int = 204) -> None:
     """Three columns of cells; in each a grid, a photograph and their code."""
-    height = max(1, round(width * photo.size[0] / photo.size[1]))
-    size = 2 * height, 2 * width  # drawn at twice the size, then averaged: fine lines stay even
+    size = 2 * width, 2 * width  # drawn at twice the size, then averaged: fine lines stay even
     names = vars(tri_stn) | vars(_numbers(size, photo.pixels.device)) | {"zeros": torch.zeros}
-    inputs = [F.interpolate(photo.pixels, size, mode="bilinear", antialias=True), pattern(size).to(photo.pixels)]
+    square = photo.patch(min(photo.size), min(photo.size))
+    inputs = [pattern(size).to(square), F.interpolate(square, size, mode="bilinear", antialias=True)]
     gap, margin, head, foot = 8, 28, 34, 62
     cell = 2 * width + gap
-    with page(3 * cell + 4 * margin, 4 * (head + height + foot) + 24) as sheet:
+    with page(3 * cell + 4 * margin, 4 * (head + width + foot) + 24) as sheet:
         for i, (name, code) in enumerate(CODE.items()):
-            x, y = margin + (i % 3) * (cell + margin), 16 + (i // 3) * (head + height + foot)
+            x, y = margin + (i % 3) * (cell + margin), 16 + (i // 3) * (head + width + foot)
             sheet.write(x, y, name, size=14, weight="bold", color=ACCENT if code else MUTED)
-            transform = eval(code, dict(names)) if code else tri_stn.Affine(torch.eye(2, 3)[None].to(photo.pixels))
-            for k, image in enumerate(reversed(inputs)):
+            transform = eval(code, dict(names)) if code else tri_stn.Affine(torch.eye(2, 3)[None].to(square))
+            for k, image in enumerate(inputs):
                 output = tri_stn.warp(image, transform, size, fill=1)
-                sheet.picture(x + k * (width + gap), y + head, width, height, F.avg_pool2d(output, 2))
-            sheet.write(x, y + head + height + 8, code, size=10.5, family="monospace", linespacing=1.35)
-        sheet.save(path, colours=256)
+                sheet.picture(x + k * (width + gap), y + head, width, width, F.avg_pool2d(output, 2))
+            sheet.write(x, y + head + width + 8, code, size=10.5, family="monospace", linespacing=1.35)
+            if not code:
+                sheet.write(x, y + head + width + 8, "a pattern, and a photograph", size=11, color=MUTED)
+        sheet.save(path, colours=160)
 
 
 def pattern(size: tuple[int, int]) -> Tensor:
     """Lines on a ground of four tints, one for each quarter, so that turns and mirrors show: (1, 3, *size)."""
-    height, width = size
-    tints = torch.tensor([[[0.98, 0.80, 0.74], [0.84, 0.90, 0.96]], [[0.95, 0.96, 0.97], [0.99, 0.94, 0.82]]])
-    image = tints.permute(2, 0, 1)[None].repeat_interleave(-(-height // 2), 2).repeat_interleave(-(-width // 2), 3)
-    image = image[..., :height, :width].clone()
-    line, cell = max(2, width // 130), width / 12
-    for axis, n in ((2, height), (3, width)):
-        places = torch.arange(n) + 0.5 - n / 2
-        on = (places / cell - (places / cell).round()).abs() * cell < line / 2
-        on[:line], on[-line:] = True, True
-        image.index_fill_(axis, on.nonzero()[:, 0], 0.25)
-    return image
+    tints = torch.tensor([[[0.98, 0.80, 0.74], [0.84, 0.90, 0.96]], [[0.86, 0.94, 0.86], [0.99, 0.94, 0.80]]])
+    ground = F.interpolate(tints.permute(2, 0, 1)[None], size, mode="nearest")
+    light = torch.ones(size)
+    for axis, n in enumerate(size):
+        cell, line = n / CELLS, n / 150  # in pixels
+        place = torch.arange(n) + 0.5
+        away = (place - (place / cell).round() * cell).abs()
+        covered = (line / 2 + 0.5 - away).clamp(0, 1)  # how much of a pixel the line covers: no jagged edges
+        light = torch.minimum(light, (1 - 0.85 * covered).unsqueeze(1 - axis))
+    return ground * light
 
 
 def _numbers(size: tuple[int, int], device: torch.device) -> Any:
@@ -81,6 +85,7 @@ def _numbers(size: tuple[int, int], device: torch.device) -> Any:
         "triangles": torch.tensor([[0, 1, 4], [1, 3, 4], [3, 2, 4], [2, 0, 4]]),
         "basis": torch.stack([x, y, x * x, y * y, torch.sin(3 * x), torch.sin(3 * y)]),
         "coefficients": torch.tensor([[[1.0, 0, 0, 0.25, 0, 0.12], [0, 1.0, -0.25, 0, 0.12, 0]]]),
+        "turn": tri_stn.rotation(30, degrees=True),
         "field": wave[None],
         "swirl": swirl[None],
         "lattice": 0.12 * torch.randn(1, 6, 6, 2, generator=generator),
