@@ -7,8 +7,10 @@ One file draws one picture: ``draw(photo, path)``, with settings that tests make
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def draw(
     out: Path,
     pixels: Tensor | None = None,
     device: torch.device | str = "cpu",
-    report: Callable[[Path, float], None] | None = None,
+    report: Callable[[Path], AbstractContextManager[object]] = nullcontext,
 ) -> list[Path]:
     """Draw the pictures of these names, or all for none.
 
@@ -46,7 +48,7 @@ def draw(
         pixels: a photograph (1, C, H, W) from 0 to 1; C is 1 to 4: grey, grey and alpha, RGB, RGBA. By default
             scikit-learn's photograph of a pagoda.
         device: where tri_stn runs.
-        report: told of each file that was written, and the seconds that it took.
+        report: makes a context from a file's path, inside which it is drawn, such as `progress_line`.
 
     Returns:
         The files, in the order of `PICTURES`.
@@ -59,8 +61,6 @@ def draw(
     if unknown:
         raise GalleryError(f"There is no picture {unknown[0]!r}; the gallery has {', '.join(PICTURES)}.")
     _check_packages()
-    from time import perf_counter
-
     from .photograph import bundled, prepare
 
     photo = bundled() if pixels is None else prepare(pixels)
@@ -73,15 +73,26 @@ def draw(
     for name, file in PICTURES.items():
         if names and name not in names:
             continue
-        start = perf_counter()
         try:
-            importlib.import_module(f".{name}", __package__).draw(photo, out / file)
+            with report(out / file):
+                importlib.import_module(f".{name}", __package__).draw(photo, out / file)
         except OSError as error:
             raise GalleryError(f"{out / file} could not be written: {error.strerror or error}.") from error
         written.append(out / file)
-        if report is not None:
-            report(out / file, perf_counter() - start)
     return written
+
+
+@contextmanager
+def progress_line(path: Path) -> Iterator[None]:
+    """A report for people: one line for each picture."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console, start = Console(), perf_counter()
+    with console.status(f"drawing {escape(path.name)}"):
+        yield
+    kilobytes = path.stat().st_size / 1000
+    console.print(f"{escape(str(path))}: {kilobytes:.0f} kB, {perf_counter() - start:.1f} s", highlight=False)
 
 
 def _check_packages() -> None:
