@@ -101,4 +101,6 @@ def _check_packages() -> None:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
             name = {"PIL": "Pillow", "sklearn": "scikit-learn"}.get(package, error.name)
-            raise GalleryError(f"The gallery needs {name}, which is not installed: pip install tri_stn[demo].") from error
+            raise GalleryError(
+                f"The gallery needs {name}, which is not installed: pip install tri_stn[demo]."
+            ) from error

@@ -34,9 +34,7 @@ def draw(photo: Photo, path: Path, shrink: int = SHRINK) -> None:
             top, left = photo.corner(*detail, picture)
             whole = sheet.picture(x, tops[0], width, heights[0], picture)
             whole.add_patch(
-                Rectangle(
-                    (left - 0.5, top - 0.5), detail[1], detail[0], fill=False, edgecolor=ACCENT, linewidth=1.5
-                )
+                Rectangle((left - 0.5, top - 0.5), detail[1], detail[0], fill=False, edgecolor=ACCENT, linewidth=1.5)
             )
             part = picture[..., top : top + detail[0], left : left + detail[1]]
             sheet.picture(x, tops[1], width, heights[1], part)
@@ -57,7 +55,10 @@ def shrunk(photo: Photo, shrink: int) -> dict[str, Tensor]:
 
     def pillow(filter: Image.Resampling) -> Tensor:
         small = Image.fromarray(bytes).resize((width, height), filter)
-        return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(1, height, width, 3).movedim(-1, 1) / 255
+        return (
+            torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(1, height, width, 3).movedim(-1, 1)
+            / 255
+        )
 
     return {
         "warp(…)\none sample per pixel": warped(),

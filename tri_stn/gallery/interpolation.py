@@ -66,7 +66,9 @@ def between(samples: tuple[float, ...], mode: str, steps: int = 600) -> tuple[Te
     """Places in pixels, from the first sample to the last, and what a 1-D warp reads there."""
     line = torch.tensor(samples)[None, None]
     identity = torch.eye(1, 2)[None]
-    values = tri_stn.warp(line, tri_stn.Affine(identity), (steps,), mode=mode, padding_mode="border", align_corners=True)
+    values = tri_stn.warp(
+        line, tri_stn.Affine(identity), (steps,), mode=mode, padding_mode="border", align_corners=True
+    )
     return torch.linspace(0, len(samples) - 1, steps), values[0, 0]
 
 

@@ -1,4 +1,4 @@
-"""Why samplers look backwards: the same turn as a forward mapping, with its holes and overlaps, and as a reverse one."""
+"""Why samplers look backwards: a turn as a forward mapping, with its holes and overlaps, and as a reverse one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tri_stn
 
-from .page import ACCENT, INK, MUTED, PALE, SECOND, Page, page
+from .page import ACCENT, INK, MUTED, SECOND, Page, page
 from .photograph import Photo
 
 SIDE = 28
@@ -124,9 +124,7 @@ def _arrow(sheet: Page, a: Any, b: Any, start: tuple[float, float], end: tuple[f
     seam = [withStroke(linewidth=4.5, foreground="white")]  # to be seen on any photograph
     for axes, (x, y) in ((a, start), (b, end)):
         corner = x - 0.5, y - 0.5
-        axes.add_patch(
-            Rectangle(corner, 1, 1, fill=False, edgecolor=INK, linewidth=1.8, zorder=3, path_effects=seam)
-        )
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=INK, linewidth=1.8, zorder=3, path_effects=seam))
     sheet.figure.add_artist(
         ConnectionPatch(
             start, end, "data", "data", axesA=a, axesB=b, arrowstyle="-|>", color=INK, linewidth=1.8, mutation_scale=16,

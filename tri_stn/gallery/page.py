@@ -15,7 +15,7 @@ INK, ACCENT, SECOND, MUTED, PALE = "#1f2933", "#e4572e", "#2f6f9f", "#7b8794", "
 """Text; what to look at; what to look at next; remarks; edges."""
 
 DPI = 110
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 11, "text.color": INK, "axes.edgecolor": PALE, "axes.labelcolor": INK, "xtick.color": MUTED,
     "ytick.color": MUTED,
 }  # fmt: skip
@@ -52,9 +52,9 @@ class Page:
         axes.spines[:].set(color=MUTED, linewidth=0.8)
         return axes
 
-    def write(self, x: float, y: float, text: str, **options: Any) -> None:
+    def write(self, x: float, y: float, text: str, **options: Any) -> Any:
         """Text by its upper edge."""
-        self.figure.text(x / self.width, 1 - y / self.height, text, **({"va": "top"} | options))
+        return self.figure.text(x / self.width, 1 - y / self.height, text, **({"va": "top"} | options))
 
     def pixels(self) -> Any:
         """The page as a Pillow image."""

@@ -57,7 +57,7 @@ def bundled() -> Photo:
 
 
 def prepare(pixels: Tensor) -> Photo:
-    """A photograph (1, C, H, W) of any number of channels and any size, as the pictures take it."""
+    """A photograph (1, C, H, W) from 0 to 1 of 1 to 4 channels, as the pictures take it: RGB, and not large."""
     if min(pixels.shape[-2:]) < SMALLEST:
         height, width = pixels.shape[-2:]
         raise GalleryError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tri_stn
 
-from .page import ACCENT, INK, MUTED, page
+from .page import ACCENT, MUTED, page
 from .photograph import Photo
 
 POINTS = (11, 15)
@@ -41,9 +41,7 @@ def draw(photo: Photo, path: Path, points: tuple[int, int] = POINTS) -> None:
                 _dots(axes, dots, line, size)
             # A margin, for points that lie outside the photograph.
             rows, columns = photo.size
-            above.set(
-                xlim=(-margin * columns, (1 + margin) * columns), ylim=((1 + margin) * rows, -margin * rows)
-            )
+            above.set(xlim=(-margin * columns, (1 + margin) * columns), ylim=((1 + margin) * rows, -margin * rows))
             above.spines[:].set_visible(False)
         notes = "input: where each pixel of the output looks", "output: the same pixels, with what they found there"
         for y, note in zip((top + height, top + 2 * height + middle), notes, strict=True):

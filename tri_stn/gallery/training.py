@@ -1,7 +1,7 @@
 """A spatial transformer's windows while it learns to find digits, as an animation.
 
-Only the labels are told: that the windows close in on the digits and turn them upright is what makes the classifier
-right more often. The digits are scikit-learn's, put on a larger canvas at random places, sizes and angles.
+Only the labels are told: the windows close in on the digits because the classifier is then right more often.
+The digits are scikit-learn's, put on a larger canvas at random places, sizes and angles.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import tri_stn
 from .page import ACCENT, INK, MUTED, Page, page, write_whole
 from .photograph import Photo
 
-DIGIT, CANVAS, WINDOW = 20, 48, 20
+DIGIT, CANVAS, WINDOW = 20, 48, 16
 """Pixels along a side: of an upright digit, of the canvas, of what the transformer reads."""
-ANGLE, SCALE, SHIFT = 50.0, (0.8, 1.2), 12.0
+ANGLE, SCALE, SHIFT = 50.0, (0.8, 1.2), 11.0
 """Degrees either way, the smallest and largest factor, pixels either way."""
 HELD_OUT = 300
 BATCH, RATE, RAMP = 64, 3e-3, 0.4
-"""The distortion grows to its full size over this part of the steps; digits that stand upright in the middle come first."""
+"""The distortion grows to its full size over this part of the steps: upright digits in the middle come first."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Shot:
 
 
 class Finder(nn.Module):
-    """A transformer that reads one upright window of the canvas, and a small classifier of that window."""
+    """A transformer that reads one window of the canvas, moved, turned and scaled, and a small classifier of it."""
 
     def __init__(self) -> None:
         super().__init__()
-        localisation = tri_stn.nn.Convolutional(1, 6, channels=(16, 32), hidden=48)
-        self.transformer = tri_stn.nn.SpatialTransformer(localisation, "affine", size=WINDOW)
+        localisation = tri_stn.nn.Convolutional(1, 4, channels=(16, 32), hidden=48)
+        self.transformer = tri_stn.nn.SpatialTransformer(localisation, "similarity", size=WINDOW)
         self.classifier = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
@@ -55,9 +55,9 @@ class Finder(nn.Module):
         )  # fmt: skip
 
     def forward(self, canvas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Canvases (N, 1, CANVAS, CANVAS) → logits (N, 10), what was read, and the maps' numbers (N, 6)."""
+        """Canvases (N, 1, CANVAS, CANVAS) → logits (N, 10), what was read, and the maps (N, 2, 3)."""
         read, parameters = self.transformer(F.avg_pool2d(canvas, 2), canvas, return_parameters=True)
-        return self.classifier(read), read, parameters
+        return self.classifier(read), read, self.transformer.map(parameters).parameters
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Scenes:
         return tri_stn.warp(self.images[index], on_canvas.inverse(), (CANVAS, CANVAS))
 
 
-def draw(photo: Photo, path: Path, steps: int = 600, frames: int = 40, seed: int = 0) -> None:
+def draw(photo: Photo, path: Path, steps: int = 600, frames: int = 36, seed: int = 0) -> None:
     """Train, and write one frame per so many steps; the photograph only says on which device."""
     device = photo.pixels.device
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +110,7 @@ def train(
 ) -> Iterator[Shot]:
     """Learn from the digits that are not held out, and stop now and then to look at those that are."""
     net = Finder().to(device)
-    rates = {net.transformer: RATE * 0.3, net.classifier: RATE}  # the windows move slowly
+    rates = {net.transformer: RATE * 0.5, net.classifier: RATE}  # the windows move slowly
     groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates.items()]
     optimiser = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, list(rates.values()), total_steps=steps + 1)
@@ -132,11 +132,10 @@ def train(
 def look(net: Finder, canvases: Tensor, labels: Tensor, shown: Tensor, step: int) -> Shot:
     """The error on all held-out digits, and what the shown ones look like to the network."""
     net.eval()
-    logits, read, parameters = net(canvases)
+    logits, read, theta = net(canvases)
     net.train()
     answers = logits.argmax(1).cpu()
-    theta = parameters[shown].view(-1, 2, 3).cpu()
-    corners = torch.tensor([[-1.0, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1]]) @ theta.mT
+    corners = torch.tensor([[-1.0, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1]]) @ theta[shown].cpu().mT
     error = 100 * (answers != labels).float().mean().item()
     return Shot(step, error, ((corners + 1) * CANVAS - 1) / 2, read[shown].cpu(), answers[shown].tolist())
 
@@ -153,17 +152,15 @@ class Film:
 
         self.sheet, self.labels, self.frames = sheet, labels.tolist(), list[Any]()
         sheet.write(LEFT, 14, "A spatial transformer learns where to look", size=15, weight="bold")
-        self.caption = sheet.figure.text(
-            LEFT / sheet.width, 1 - 46 / sheet.height, "", va="top", color=MUTED, size=12
-        )
-        for y, text in ((0, "input and\nwindow"), (CELL + GAP, "what it\nreads there"), (2 * CELL, "")):
+        self.caption = sheet.write(LEFT, 46, "", color=MUTED, size=12)
+        for y, text in ((0, "input and\nwindow"), (CELL + GAP, "what it\nreads there")):
             sheet.write(LEFT - 12, TOP + y + CELL / 2, text, va="center", ha="right", size=11.5)
         sheet.write(LEFT - 12, TOP + 2 * CELL + 22, "its answer", ha="right", size=11.5)
         self.windows, self.edges, self.seen, self.answers = [], [], [], []
         for i, canvas in enumerate(canvases):
             x = LEFT + i * (CELL + GAP)
             above = sheet.picture(x, TOP, CELL, CELL, canvas[None])
-            margin = 6  # a window may reach beyond the canvas
+            margin = 9  # a window may reach beyond the canvas
             above.set(xlim=(-0.5 - margin, CANVAS - 0.5 + margin), ylim=(CANVAS - 0.5 + margin, -0.5 - margin))
             self.windows.append(above.add_patch(Polygon([[0, 0]] * 4, fill=False, edgecolor=ACCENT, linewidth=1.4)))
             # The window's upper edge, thick, shows which way it takes to be up.
@@ -171,13 +168,11 @@ class Film:
             below = sheet.picture(x, TOP + CELL + GAP, CELL, CELL, torch.zeros(1, WINDOW, WINDOW))
             below.spines[:].set(color=ACCENT, linewidth=1.2)
             self.seen.append(below.images[0])
-            self.answers.append(
-                sheet.figure.text((x + CELL / 2) / sheet.width, 1 - (TOP + 2 * CELL + 18) / sheet.height, "", ha="center", va="top", size=15, weight="bold")
-            )
+            self.answers.append(sheet.write(x + CELL / 2, TOP + 2 * CELL + 18, "", ha="center", size=15, weight="bold"))
 
     def take(self, shot: Shot) -> None:
         """One more frame."""
-        self.caption.set_text(f"told only the labels · step {shot.step} · error on unseen digits {shot.error:.0f} %")
+        self.caption.set_text(f"Told only the labels. Step {shot.step}, validation error {shot.error:.0f} %")
         for i, (corners, read) in enumerate(zip(shot.corners, shot.read, strict=True)):
             self.windows[i].set_xy(corners.tolist())
             self.edges[i].set_data(*corners[:2].T.tolist())
@@ -188,8 +183,8 @@ class Film:
 
     def save(self, path: Path) -> None:
         """Short frames, and a pause on the first and the last; played for ever."""
-        palette = self.frames[-1].quantize(64)
-        first, *rest = (frame.quantize(palette=palette, dither=0) for frame in self.frames)
+        colours = _palette()
+        first, *rest = (frame.quantize(palette=colours, dither=0) for frame in self.frames)
         durations = [900, *[160] * (len(rest) - 1), 3000][: len(self.frames)]
         write_whole(
             path,
@@ -197,3 +192,21 @@ class Film:
                 temporary, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=True
             ),
         )
+
+
+def _palette() -> Any:
+    """Exact white, greys, and the page's colours fading into it: the same for all frames, so that nothing flickers."""
+    from matplotlib.colors import to_rgb
+    from PIL import Image
+
+    white, black = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+    fades = ((black, white, 32), (ACCENT, white, 15), (ACCENT, black, 5), (MUTED, white, 8), (INK, white, 4))
+    colours: list[int] = []
+    for start, end, count in fades:
+        for i in range(count):
+            share = i / (count - 1)
+            blend = (a + (b - a) * share for a, b in zip(to_rgb(start), to_rgb(end), strict=True))
+            colours += (round(255 * value) for value in blend)
+    image = Image.new("P", (1, 1))
+    image.putpalette(colours)
+    return image

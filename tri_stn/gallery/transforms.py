@@ -38,7 +38,7 @@ CELLS = 12
 def draw(photo: Photo, path: Path, width: int = 204) -> None:
     """Three columns of cells; in each a grid, a photograph and their code."""
     size = 2 * width, 2 * width  # drawn at twice the size, then averaged: fine lines stay even
-    names = vars(tri_stn) | vars(_numbers(size, photo.pixels.device)) | {"zeros": torch.zeros}
+    names = vars(tri_stn) | vars(_numbers(size, photo.pixels.device))
     square = photo.patch(min(photo.size), min(photo.size))
     inputs = [pattern(size).to(square), F.interpolate(square, size, mode="bilinear", antialias=True)]
     gap, margin, head, foot = 8, 28, 34, 62
@@ -98,7 +98,10 @@ def _numbers(size: tuple[int, int], device: torch.device) -> Any:
     def tensor(values: Any) -> Tensor:
         return torch.tensor(values, device=device)
 
-    return SimpleNamespace(**tensors, randn=randn, tensor=tensor)
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device)
+
+    return SimpleNamespace(**tensors, randn=randn, tensor=tensor, zeros=zeros)
 
 
 def _places(n: int) -> Tensor:
