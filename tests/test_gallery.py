@@ -31,6 +31,8 @@ QUICK = {"training": {"steps": 2, "frames": 2}}
 def on_the_cpu_path(monkeypatch):
     """Pictures are too large for Triton's interpreter, and the kernels have tests of their own."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with gallery._one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

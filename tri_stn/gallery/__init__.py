@@ -74,7 +74,7 @@ def draw(
         if names and name not in names:
             continue
         try:
-            with report(out / file):
+            with report(out / file), _one_thread():
                 importlib.import_module(f".{name}", __package__).draw(photo, out / file)
         except OSError as error:
             raise GalleryError(f"{out / file} could not be written: {error.strerror or error}.") from error
@@ -93,6 +93,17 @@ def progress_line(path: Path) -> Iterator[None]:
         yield
     kilobytes = path.stat().st_size / 1000
     console.print(f"{escape(str(path))}: {kilobytes:.0f} kB, {perf_counter() - start:.1f} s", highlight=False)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain little from threads, and lose much when cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_packages() -> None:

@@ -52,7 +52,7 @@ def draw(photo: Photo, path: Path, patch: tuple[int, int] = PATCH) -> None:
             axes.spines[:].set(color=ACCENT, linewidth=1.5)
             curve = _axes(sheet, x, lower, cell, below, "read everywhere between")
             places, values = between(SAMPLES, mode)
-            curve.plot(places, values, color=ACCENT, linewidth=2.2, zorder=2)
+            curve.plot(places.numpy(), values.numpy(), color=ACCENT, linewidth=2.2, zorder=2)
         sheet.save(path, colours=256)
 
 

@@ -44,7 +44,7 @@ class Page:
         indices.
         """
         axes = self.panel(x, y, width, height)
-        pixels = image.detach().reshape(-1, *image.shape[-2:]).movedim(0, -1).clamp(0, 1).cpu()
+        pixels = image.detach().reshape(-1, *image.shape[-2:]).movedim(0, -1).clamp(0, 1).cpu().numpy()
         axes.imshow(
             pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest",
             aspect="auto",

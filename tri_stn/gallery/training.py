@@ -176,7 +176,7 @@ class Film:
         for i, (corners, read) in enumerate(zip(shot.corners, shot.read, strict=True)):
             self.windows[i].set_xy(corners.tolist())
             self.edges[i].set_data(*corners[:2].T.tolist())
-            self.seen[i].set_data(read[0])
+            self.seen[i].set_data(read[0].numpy())
             right = shot.answers[i] == self.labels[i]
             self.answers[i].set(text=str(shot.answers[i]), color=INK if right else ACCENT)
         self.frames.append(self.sheet.pixels())
