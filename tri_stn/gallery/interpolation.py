@@ -15,7 +15,7 @@ from .photograph import Photo
 
 MODES = {
     "nearest": "the value of the nearest pixel",
-    "bilinear": "straight between neighbours (2 × 2)",
+    "bilinear": "straight between pixels (2 × 2)",
     "bicubic": "smooth, may overshoot (4 × 4)",
 }
 PATCH = (16, 16)
@@ -26,6 +26,7 @@ SAMPLES = (0.30, 0.34, 0.28, 0.85, 0.88, 0.55, 0.12, 0.20)
 def draw(photo: Photo, path: Path, patch: tuple[int, int] = PATCH) -> None:
     """The photograph and its samples on the left, and a column for each mode."""
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     cell, gap, top, below = 300, 24, 84, 210
     height, width = (min(n, m) for n, m in zip(patch, photo.size, strict=True))
@@ -40,7 +41,7 @@ def draw(photo: Photo, path: Path, patch: tuple[int, int] = PATCH) -> None:
         whole.add_patch(
             Rectangle(
                 (corner[1] - offset[1] - 0.5, corner[0] - offset[0] - 0.5), width, height, fill=False,
-                edgecolor=ACCENT, linewidth=2,
+                edgecolor=ACCENT, path_effects=[withStroke(linewidth=4, foreground="white")], linewidth=2,
             )
         )  # fmt: skip
         _head(sheet, columns[0], "Between the pixels", f"the {width} × {height} pixels in the frame")
@@ -53,7 +54,7 @@ def draw(photo: Photo, path: Path, patch: tuple[int, int] = PATCH) -> None:
             curve = _axes(sheet, x, lower, cell, below, "read everywhere between")
             places, values = between(SAMPLES, mode)
             curve.plot(places.numpy(), values.numpy(), color=ACCENT, linewidth=2.2, zorder=2)
-        sheet.save(path, colours=256)
+        sheet.save(path)  # in all its colours: few would be bands where it should be smooth
 
 
 def zoomed(image: Tensor, mode: str, size: tuple[int, int]) -> Tensor:
