@@ -353,7 +353,7 @@ def _show(axes: Any, pixels: Tensor) -> None:
     """One channel as ink, two as two inks."""
     ink = pixels.unsqueeze(-1)  # (C, H, W, 1)
     colours = torch.tensor([[1.0, 1.0, 1.0]] if len(pixels) == 1 else [[0.1, 0.6, 0.9], [0.8, 0.4, 0.0]])
-    axes.imshow((1 - (ink * colours[:, None, None]).sum(0)).clamp(0, 1))
+    axes.imshow((1 - (ink * colours[:, None, None]).sum(0)).clamp(0, 1).numpy())
     axes.set(xticks=[], yticks=[])
 
 
