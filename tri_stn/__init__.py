@@ -1,5 +1,6 @@
 """Spatial transformer sampling for PyTorch, fused in Triton: no grid is ever stored."""
 
+from . import nn as nn
 from .diffeomorphic import Velocity
 from .extend import register_transform
 from .functional import grid_sample, splat, warp
