@@ -14,7 +14,7 @@ HALF = 0.4
 
 def middle(x):
     """The height of the bent line of text, normalised."""
-    return 0.35 * torch.sin(2.5 * x)
+    return 0.35 * torch.sin(x)
 
 
 def text(x, y):
@@ -53,10 +53,10 @@ def test_the_right_fiducials_straighten_a_sinusoidal_strip(margins):
     strip, parameters = model(bent, return_parameters=True)
     torch.testing.assert_close(model.points(parameters)[0], right)
     after = (strip - straight).abs()
-    # Strokes that change by up to 14 per unit of x, on pixels of 1/120, read linearly: up to a hundredth off; and a spline
-    # that is off the sine by less than a pixel between its points, where it stops being held at the edges.
+    # Between its two rows a plate bends less than they do, here by up to half an input pixel, or 0.027 of the strip's
+    # half-height, over which strokes change by up to 2.5 per unit.
     print(f"off by {before.mean():.3f} before, {after.mean():.4f} after; at most {after.max():.3f}")
-    assert before.mean() > 0.1 and after.mean() < 0.006 and after.max() < 0.05
+    assert before.mean() > 0.1 and after.mean() < 0.01 and after.max() < 0.1
 
 
 def test_starts_with_the_whole_image():

@@ -15,18 +15,18 @@ from .transformer import SpatialTransformer
 class TPSRectifier(SpatialTransformer):
     """Read a strip of text straight, which lies bent in the image: the rectification network of ASTER.
 
-    Half of the fiducial points lie along the strip's upper edge, half along its lower one, evenly and from left to right.
-    The localisation network says where each lies in the input, as a change from where it lies in the strip, and the
-    thin-plate spline through them says where everything between is. A network that starts at zero gives the whole
-    image, resized to the strip.
+    Half of the fiducial points lie along the strip's upper edge, half along its lower one, evenly and from left to
+    right. The localisation network says where each lies in the input, as a change from where it lies in the strip, and
+    the thin-plate spline through them says where everything between is. A network that starts at zero gives the whole
+    image, resized to the strip. Between the rows the spline bends less than along them, which more margin makes up for.
 
     Args:
-        localisation: a module from the image to (N, 2 K), the changes of x and y of each point in turn, normalised; such
-            as ``Convolutional(1, 40)``.
+        localisation: a module from the image to (N, 2 K), the changes of x and y of each point in turn, normalised;
+            such as ``Convolutional(1, 40)``.
         size: (H, W) of the strip in pixels.
         fiducials: K, even and at least 4.
-        margins: how far the points lie from the strip's edges, as a share of its width and of its height: one number for
-            both, or (horizontal, vertical); ASTER has 0.05. The spline goes on beyond the points.
+        margins: how far the points lie from the strip's edges, as a share of its width and of its height: one number
+            for both, or (horizontal, vertical); ASTER has 0.05. The spline goes on beyond the points.
         bounds: how far a point may go, normalised: one number, or a tensor (2 K,). See `SpatialTransformer`.
         regularization: as of `tri_stn.ThinPlateSpline`.
         mode, padding_mode, align_corners, antialias, fill, sampler: as of `SpatialTransformer`, but with "border" for
