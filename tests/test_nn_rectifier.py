@@ -1,13 +1,12 @@
 """A bent strip of text is read straight."""
 
-import doctest
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from tri_stn.nn import Convolutional, TPSRectifier, rectifier
+from tri_stn.nn import Convolutional, TPSRectifier
 
 HALF = 0.4
 
@@ -106,8 +105,3 @@ def test_what_does_not_fit(arguments, says):
 def test_names_the_count_that_localisation_should_give():
     with pytest.raises(ValueError, match=r"localisation must give \(N, 12\)"):
         TPSRectifier(Convolutional(1, 40), fiducials=6)(torch.rand(1, 1, 16, 16))
-
-
-def test_docstring_examples_run():
-    result = doctest.testmod(rectifier)
-    assert result.attempted and not result.failed
