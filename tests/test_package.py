@@ -94,6 +94,8 @@ def test_wheel_from_the_sdist_works_anywhere(sdist, tmp_path, interpret):
     """On the CPU path and through the kernels."""
     folder = tmp_path / "site"
     zipfile.ZipFile(build("wheel", sdist, tmp_path)).extractall(folder)
+    modules = {path.relative_to(ROOT) for path in (ROOT / "tri_stn").rglob("*.py")}
+    assert all((folder / module).exists() for module in modules)  # each subpackage is in pyproject's list
     assert (folder / "tri_stn" / "py.typed").exists() and (sdist / "LICENSE").exists()
     code, environment = USE.format(folder=str(folder)), os.environ | {"TRITON_INTERPRET": interpret}
     assert python(code, tmp_path, env=environment) == "16.0"

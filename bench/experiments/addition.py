@@ -17,11 +17,11 @@ PAPER = {
 }  # fmt: skip
 QUICK = Settings(
     ("FCN", "ST-FCN affine"), fully_connected=300_000, convolutional=60_000,
-    batch=64, epochs=60, rate=3e-3, ramp=0.5, slowness=0.3,
+    batch=64, epochs=60, rate=3e-3, ramp=0.5,
 )  # fmt: skip
 FULL = Settings(
     tuple(PAPER), fully_connected=800_000, convolutional=800_000,
-    batch=256, epochs=150, rate=3e-3, ramp=0.5, slowness=0.3,
+    batch=256, epochs=150, rate=3e-3, ramp=0.5,
 )  # fmt: skip
 
 STUDY = Study("addition", "Digit addition", __doc__, {"addition": ADDITION}, PAPER, QUICK, FULL, parallel=2)

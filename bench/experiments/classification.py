@@ -48,8 +48,6 @@ class Settings:
     """Scenes grow to their full difficulty over this part of the epochs. A classifier that has met upright digits gives
     the localisation network a reason to turn them upright.
     """
-    slowness: float
-    """The localisation network's share of the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def convolutional(channels: int, side: int, classes: int, width: int) -> nn.Modu
     )  # fmt: skip
 
 
-def build(name: str, scene: Scene, settings: Settings, parallel: int | None, sampler: str) -> nn.Module:
+def build(name: str, scene: Scene, settings: Settings, parallel: int | None, sampler: str | None) -> nn.Module:
     """A model of the table, as wide as its parameters allow."""
     kind, _, transform = name.partition(" ")
     plain, budget = (
@@ -106,7 +104,7 @@ def build(name: str, scene: Scene, settings: Settings, parallel: int | None, sam
             head = tri_stn.nn.Convolutional(scene.channels, count, (12, 16), pool=5)
             localisation = nn.Sequential(nn.AvgPool2d(2), head)
         transformer = tri_stn.nn.SpatialTransformer(
-            localisation, transform, (SIDE, SIDE), parallel=parallel, sampler=SAMPLERS[sampler]
+            localisation, transform, (SIDE, SIDE), parallel=parallel, sampler=SAMPLERS[sampler or "tri_stn"]
         )
         stack = [nn.Flatten(1, 2)] if parallel else []  # the maps' outputs, as channels
         return nn.Sequential(transformer, *stack, plain(scene.channels * maps, SIDE, scene.classes, width))
@@ -140,7 +138,7 @@ def study_of(job: Job) -> Study:
     return importlib.import_module(f".{job.settings['study']}", __package__).STUDY
 
 
-def make(job: Job, digits: Digits, sampler: str) -> Training:
+def make(job: Job, digits: Digits, sampler: str | None) -> Training:
     """The training of a job, from its start."""
     chosen, study = job.settings, study_of(job)
     settings, scene = Settings(**chosen["settings"]), study.scenes[chosen["scene"]]
@@ -155,9 +153,8 @@ def make(job: Job, digits: Digits, sampler: str) -> Training:
         return scene.make(train[index.to(device)], generator, min(1.0, (step + 1) / (settings.ramp * steps)))
 
     return Training(
-        model, batch, lambda model, batch: F.cross_entropy(model(batch.pixels), batch.labels), steps, settings.rate,
-        [p for t in transformers(model) for p in t.parameters()], settings.slowness,
-    )  # fmt: skip
+        model, batch, lambda model, batch: F.cross_entropy(model(batch.pixels), batch.labels), steps, settings.rate
+    )
 
 
 def work(job: Job, checkpoint: Path, report: Callable[[float], None]) -> dict[str, Any]:
@@ -214,13 +211,17 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     models = settings["models"] = tuple(arguments.models or settings["models"])
     settings["epochs"] = arguments.epochs or settings["epochs"]
     common = {
-        "study": study.name, "sampler": arguments.sampler, "settings": settings, "device": str(arguments.device),
+        "study": study.name, "settings": settings, "device": str(arguments.device),
         "mnist": str(arguments.mnist) if arguments.mnist else None,
     }  # fmt: skip
-    jobs = [
-        Job(f"{scene} {model} seed {seed}", {"model": model, "scene": scene, "seed": seed, **common})
-        for scene in arguments.scenes for model in models for seed in arguments.seeds
-    ]  # fmt: skip
+
+    def job(scene: str, model: str, seed: int) -> Job:
+        # A plain network samples nothing, so that its training serves both samplers.
+        sampler = arguments.sampler if model.startswith("ST-") else None
+        chosen = {"model": model, "scene": scene, "seed": seed, "sampler": sampler, **common}
+        return Job(f"{scene} {model} seed {seed}", chosen)
+
+    jobs = [job(scene, model, seed) for scene in arguments.scenes for model in models for seed in arguments.seeds]
     found = harness.run(jobs, work, arguments)
     command = ["python", "-m", f"bench.experiments.{study.name}", *(sys.argv[1:] if argv is None else argv)]
     return report(study, arguments, digits, jobs, found, command)

@@ -14,11 +14,11 @@ from .data import CLUTTERED
 PAPER = {"FCN": (13.2,), "CNN": (3.5,), "ST-FCN affine": (2.0,), "ST-CNN affine": (1.7,)}
 QUICK = Settings(
     ("FCN", "ST-FCN affine", "CNN", "ST-CNN affine"), fully_connected=300_000, convolutional=32_000,
-    batch=64, epochs=40, rate=3e-3, ramp=0.5, slowness=0.3,
+    batch=64, epochs=40, rate=3e-3, ramp=0.5,
 )  # fmt: skip
 FULL = Settings(
     tuple(PAPER), fully_connected=400_000, convolutional=400_000,
-    batch=256, epochs=150, rate=3e-3, ramp=0.5, slowness=0.3,
+    batch=256, epochs=150, rate=3e-3, ramp=0.5,
 )  # fmt: skip
 
 STUDY = Study(

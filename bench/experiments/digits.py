@@ -31,11 +31,11 @@ PAPER = {
 
 QUICK = Settings(
     ("FCN", "CNN", "ST-FCN affine", "ST-CNN affine"), fully_connected=100_000, convolutional=32_000,
-    batch=64, epochs=40, rate=3e-3, ramp=0.35, slowness=0.3,
+    batch=64, epochs=60, rate=3e-3, ramp=0.35,
 )  # fmt: skip
 FULL = Settings(
     tuple(PAPER), fully_connected=400_000, convolutional=400_000,
-    batch=256, epochs=150, rate=3e-3, ramp=0.35, slowness=0.3,
+    batch=256, epochs=150, rate=3e-3, ramp=0.35,
 )  # fmt: skip
 
 STUDY = Study("digits", "Distorted digits", __doc__, DISTORTIONS, PAPER, QUICK, FULL)

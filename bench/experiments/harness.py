@@ -34,8 +34,8 @@ what another sampler (a half-pixel shift, a wrong gradient) makes.
 """
 
 
-def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The arguments that every experiment takes."""
+def parser(name: str, doc: str | None, trains: bool = True) -> argparse.ArgumentParser:
+    """The arguments that every experiment takes; those of a training only where there is one."""
     result = argparse.ArgumentParser(
         prog=f"python -m bench.experiments.{name}", description=(doc or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -45,9 +45,12 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     add(
         "--seeds", type=int, nargs="+", default=[0], help="of weights, batches and training data; one training for each"
     )
-    add("--sampler", choices=list(SAMPLERS), default="tri_stn", help="torch: F.grid_sample on a stored grid")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")
     add("--out", type=Path, default=FOLDER, help="folder of results and checkpoints")
+    if not trains:
+        result.set_defaults(sampler="both")
+        return result
+    add("--sampler", choices=list(SAMPLERS), default="tri_stn", help="torch: F.grid_sample on a stored grid")
     add("--restart", action="store_true", help="forget checkpoints; otherwise a run goes on where it stopped")
     return result
 
@@ -70,6 +73,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         parser.error(f"--out must be a folder; {arguments.out} is a file.")
     if len(set(arguments.seeds)) < len(arguments.seeds):
         parser.error("--seeds has a seed twice.")
+    if arguments.device.type == "cpu":
+        # Networks this small gain little from threads, lose much when cores are shared, and repeat exactly on one.
+        torch.set_num_threads(1)
     return arguments
 
 
@@ -123,7 +129,7 @@ def run(jobs: Sequence[Job], work: Work, arguments: argparse.Namespace) -> list[
             shares[index] = share
             progress.update(task, completed=sum(shares), description=jobs[index].title)
 
-        # A GPU takes one after the other; networks this small gain little from threads, so each CPU core has its own.
+        # A GPU takes one after the other; each CPU core has its own.
         workers = 1 if arguments.device.type != "cpu" else min(len(jobs), len(os.sched_getaffinity(0)))
         if workers <= 1:
             return [

@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,12 @@ class Training:
     steps: int
     rate: float
     """The largest learning rate of Adam, under a one-cycle schedule."""
-    slow: list[nn.Parameter] = field(default_factory=list)
-    """Parameters that learn at a fraction of the rate: those of localisation networks."""
-    slowness: float = 0.3
     clip: float = 5.0
 
     def __post_init__(self) -> None:
-        held = {id(p) for p in self.slow}
-        others = [p for p in self.model.parameters() if id(p) not in held]
-        groups: list[dict[str, Any]] = [{"params": others, "lr": self.rate}]
-        if self.slow:
-            groups.append({"params": self.slow, "lr": self.rate * self.slowness})
-        self.optimiser = torch.optim.Adam(groups)
-        rates = [group["lr"] for group in groups]
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=self.rate)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, rates, total_steps=self.steps, pct_start=0.2
+            self.optimiser, self.rate, total_steps=self.steps, pct_start=0.2
         )
         self.done = 0
         self.losses: list[float] = []
