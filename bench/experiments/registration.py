@@ -285,8 +285,9 @@ def report(
     said = [
         f"Volumes of {settings.side}³ voxels: {settings.subjects} subjects to learn from, {settings.pairs} pairs of "
         f"others for validation and {settings.pairs} for the test. {settings.steps:,} steps of {settings.batch} pairs; "
-        f"{found[0]['parameters']:,} parameters. {len(arguments.seeds)} seeds"
-        f"{', mean ± standard deviation' if len(found) > 1 else ''}. Sampler: {arguments.sampler}.",
+        f"{found[0]['parameters']:,} parameters. "
+        f"{f'{len(found)} seeds, mean ± standard deviation' if len(found) > 1 else f'Seed {arguments.seeds[0]}'}. "
+        f"Sampler: {arguments.sampler}.",
         f"The mean Dice of the test pairs {'rises' if rises else 'DOES NOT rise'} from stage to stage"
         f"{' for every seed' if len(found) > 1 else ''}. The displacement folds at "
         f"{statistics.fmean(r['test']['folded'] for r in found):.3f} % of their voxels.",
