@@ -56,7 +56,7 @@ def test_both_maps_in_one_read_what_the_two_read_in_turn(sampler):
     """Of a linear brightness, which reading twice does not blur; inside, where both look at the volume."""
     torch.manual_seed(0)
     model = Registration(TINY, SAMPLERS[sampler])
-    torch.nn.init.normal_(model.affine.localisation[-1].bias, std=0.03)
+    torch.nn.init.normal_(model.affine.localisation.network[-1].bias, std=0.3)
     torch.nn.init.normal_(model.unet.last.weight, std=0.03)
     axis = torch.linspace(0, 1, 16)
     ramp = (axis[:, None, None] + 0.5 * axis[:, None] - 0.3 * axis)[None, None]

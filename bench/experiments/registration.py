@@ -77,6 +77,11 @@ ASIDE = 1e-3
 interpolation, and a rounding decides which of two slopes is the gradient: no two samplers would learn the same.
 """
 
+AFFINE_UNIT = 0.1
+"""Of the affine network's numbers, normalised. Adam's steps are of one size for all weights, and a step of theta moves a
+volume's edge by half the volume: without it, the affine network runs away before it learns.
+"""
+
 
 # --- networks ----------------------------------------------------------------------------------------
 
@@ -121,6 +126,17 @@ class Registered:
         return tri_stn.Compose(tri_stn.Displacement(self.flow.movedim(1, -1), unit="pixel"), self.affine)
 
 
+class _Scaled(nn.Module):
+    """A network whose output counts in another unit."""
+
+    def __init__(self, network: nn.Module, unit: float) -> None:
+        super().__init__()
+        self.network, self.unit = network, unit
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.unit * self.network(input)
+
+
 class Registration(nn.Module):
     """Moving and fixed volumes (N, 1, *size) in; the maps, and the moving volume through them, out."""
 
@@ -128,7 +144,9 @@ class Registration(nn.Module):
         super().__init__()
         localisation = tri_stn.nn.Convolutional(2, 12, settings.affine_channels, kernel_size=3, pool=2, dims=3)
         nn.init.normal_(localisation[-1].bias, std=ASIDE)  # type: ignore[arg-type]
-        self.affine = tri_stn.nn.SpatialTransformer(localisation, tri_stn.nn.AffineMap(dims=3), sampler=sampler)
+        self.affine = tri_stn.nn.SpatialTransformer(
+            _Scaled(localisation, AFFINE_UNIT), tri_stn.nn.AffineMap(dims=3), sampler=sampler
+        )
         self.unet = UNet(settings.channels)
         self.warp = tri_stn.nn.DisplacementWarp(x_first=True, sampler=sampler)
 
@@ -173,7 +191,7 @@ def make(job: Job, sampler: str) -> Training:
         order = torch.randperm(len(volumes), generator=generator).to(device)
         return volumes[order[: settings.batch]], volumes[order[settings.batch : 2 * settings.batch]]
 
-    return Training(model, batch, loss(settings), settings.steps, settings.rate, list(model.affine.parameters()))
+    return Training(model, batch, loss(settings), settings.steps, settings.rate)
 
 
 def _settings(job: Job) -> Settings:
