@@ -78,8 +78,8 @@ interpolation, and a rounding decides which of two slopes is the gradient: no tw
 """
 
 AFFINE_UNIT = 0.1
-"""Of the affine network's numbers, normalised. Adam's steps are of one size for all weights, and a step of theta moves a
-volume's edge by half the volume: without it, the affine network runs away before it learns.
+"""Of the affine network's numbers, normalised. Adam's steps have one size for all weights, and one of theta moves the
+volume's edges by as many half-widths: in whole ones, the affine network hardly learned.
 """
 
 
