@@ -137,7 +137,7 @@ def distorted(images: Images, transform: Transform, canvas: int) -> Images:
 
 def similarity(
     n: int, generator: torch.Generator, degrees: float, scales: tuple[float, float], shift: float, zoom: float
-) -> Transform:
+) -> tri_stn.Affine:
     """Rotated by up to so many degrees, scaled, and moved.
 
     Args:
