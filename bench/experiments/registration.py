@@ -6,11 +6,11 @@ left; both learn from local correlation and smoothness alone, without labels, as
 `tri_stn.nn`. Dice says how well the labels of a moving volume lie over those of the fixed one: before, after
 the affine map, after both.
 
-Subjects held out, networks, losses and schedule are the same for every seed. Settings were chosen on the validation
-pairs, with a seed of its own; each training meets the test pairs once, after its last step. `AFFINE_UNIT` was chosen so after a first
-test, of another learning rate for the affine network (mean Dice 0.439, 0.668, 0.746, one seed), had been seen. The exit
-status is 0 if on the test pairs the mean Dice rises from stage to stage for every seed, and both samplers give the same
-first losses.
+Held-out subjects, networks, losses and schedule are the same for every seed. Settings were chosen on the validation
+pairs, with a seed of its own; each training meets the test pairs once, after its last step. `AFFINE_UNIT` was chosen
+so after a first test had been seen, of another learning rate for the affine network (mean Dice 0.439, 0.668, 0.746;
+one seed). The exit status is 0 if on the test pairs the mean Dice rises from stage to stage for every seed, and both
+samplers give the same first losses.
 """
 
 from __future__ import annotations
