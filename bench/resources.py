@@ -172,19 +172,15 @@ def all_cases() -> list[tuple[Case, str]]:
         filled += cases("affine", linear, ("zeros",), **more)
     once += [replace(case, fill=True) for case in filled if case.need_parameters]  # the image's gradient has no fill
     once += [replace(cases("affine", linear, folding)[0], fill=True)]  # the mask alone
-    loops: list[Case] = []
-    for more in ({}, wide, {"channels": 3}, {"tangent": True}, {"supersample": 0}):
-        loops += cases("affine", linear, folding, **more)
-    loops += cases("affine", linear, ("zeros",), size=(6, 8, 16)) + cases("affine", linear, folding, dtype="float64")
-    loops += cases("affine", ("bicubic",), ("reflection",)) + cases("projective", linear, ("zeros",))
-    loops += cases("projective", linear, folding, tangent=True) + cases("projective", linear, folding, size=(6, 8, 16))
-    large = [
-        (replace(case, large=True), arch)
-        for case in loops
-        if case.kernel in ("scatter", "reduce") and case.need_parameters
-        for arch in ("sm_90", "gfx942")
-    ]
-    return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once] + large
+    loops = cases("affine", linear, folding) + cases("projective", linear, folding, size=(6, 8, 16))
+    loops = [replace(case, large=True) for case in loops if case.kernel in ("scatter", "reduce")]
+    loops = [case for case in loops if case.need_parameters]
+    everywhere += loops
+    more = cases("affine", linear, folding, **wide) + cases("affine", linear, folding, supersample=0)
+    more += cases("projective", linear, folding, tangent=True) + cases("affine", linear, folding, tangent=True)
+    more += cases("affine", linear, ("zeros",), size=(6, 8, 16)) + cases("affine", ("bicubic",), ("reflection",))
+    once += [replace(case, large=True) for case in more if case.kernel == "reduce"]
+    return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
 
 
 def measure(case: Case, arch: str) -> Resources:

@@ -101,8 +101,6 @@ def scatter_kernel(
                 LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
             )  # fmt: skip
             wanted = mask & (sample < count) if VARIES else mask
-            if FOLDED_ONLY and TAPS <= 2:
-                wanted &= ~strictly_inside(x, input_size)
             grad_x, held_grad_x, fill_dot, largest = _visit(
                 grad_input_ptr, grad_output_ptr, input_ptr, input_tangent_ptr, fill_ptr, largest, scale,
                 p, x, t, wanted, share, start, stop, channels, input_size,
@@ -171,6 +169,8 @@ def _visit(
         x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
         WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,
     )  # fmt: skip
+    if FOLDED_ONLY and TAPS <= 2:
+        wanted &= ~strictly_inside(x, input_size)
     grad_x = tuples.zeros(DIMS, (LANES,), COMPUTE)
     held_grad_x = grad_x  # of the samples where they are, for a map that bends
     fill_dot = tl.zeros((LANES,), COMPUTE)
