@@ -176,10 +176,10 @@ def all_cases() -> list[tuple[Case, str]]:
     loops = [replace(case, large=True) for case in loops if case.kernel in ("scatter", "reduce")]
     loops = [case for case in loops if case.need_parameters]
     everywhere += loops
-    more = cases("affine", linear, folding, **wide) + cases("affine", linear, folding, supersample=0)
-    more += cases("projective", linear, folding, tangent=True) + cases("affine", linear, folding, tangent=True)
-    more += cases("affine", linear, ("zeros",), size=(6, 8, 16)) + cases("affine", ("bicubic",), ("reflection",))
-    once += [replace(case, large=True) for case in more if case.kernel == "reduce"]
+    larger = cases("affine", linear, folding, **wide) + cases("affine", linear, folding, supersample=0)
+    larger += cases("projective", linear, folding, tangent=True) + cases("affine", linear, folding, tangent=True)
+    larger += cases("affine", linear, ("zeros",), size=(6, 8, 16)) + cases("affine", ("bicubic",), ("reflection",))
+    once += [replace(case, large=True) for case in larger if case.kernel == "reduce"]
     return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
 
 
