@@ -10,11 +10,14 @@ that no digit is in two parts), the distortions of the validation and test digit
 the schedule and the number of epochs. These were chosen on the validation digits; each network meets
 the test digits once, after its last epoch. `--seed` changes the initial weights, the order of the
 batches and the training distortions, never the split or the evaluation distortions.
+
+The data, the training and the module are those of `bench.experiments` and `tri_stn.nn`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -30,40 +33,35 @@ from torch import Tensor, nn
 
 import tri_stn
 
-DIGIT, CANVAS, WINDOW = 20, 40, 24
-"""Pixels along a side: of an upsampled digit, of the canvas it is put on, of the transformer's output."""
+from .experiments.classification import count_parameters
+from .experiments.data import SIDE, Images, distorted, epoch_batch, load_digits, similarity
+from .experiments.training import Training
+from .measure import peak_bytes
+
+CANVAS, WINDOW = 40, 24
+"""Pixels along a side: of the canvas that a digit is put on, of the transformer's output."""
 
 ROTATION, SCALE, SHIFT = 60.0, (0.7, 1.2), 7.0
 """The distortion: degrees either way, smallest and largest factor, pixels either way."""
 
-VALIDATION, TEST, COPIES = 240, 400, 4
-"""Digits held out for each purpose; each is evaluated under this many fixed distortions."""
+COPIES = 4
+"""Each held-out digit is evaluated under this many fixed distortions."""
 
-SPLIT_SEED, VALIDATION_SEED, TEST_SEED = 0, 1, 2
+VALIDATION_SEED, TEST_SEED = 1, 2
 
 EPOCHS, RAMP = 40, 0.35
-"""The distortion grows to its full size over this part of the epochs."""
+"""The distortion grows to its full size over this part of the epochs. A classifier that has met upright digits first
+gives the localisation net a reason to turn them upright; without this ramp the transformer leaves most of the
+rotation in.
+"""
 
-BATCH, LEARNING_RATE, CLIP = 64, 4e-3, 5.0
-LOCALISATION_RATE = 0.3
-"""The localisation net learns at this fraction of the learning rate."""
+BATCH, LEARNING_RATE = 64, 4e-3
 
 MEMORY_SHAPE = (64, 1, 256, 256)
 """The images that the sampler's memory is measured on."""
 
 
 # --- data ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Clean, upright digits (N, 1, DIGIT, DIGIT) in [0, 1] and their labels (N,)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __getitem__(self, index: Tensor) -> Digits:
-        return Digits(self.images[index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -75,35 +73,12 @@ class Scenes:
     theta: Tensor  # (N, 2, 3): canvas → digit
 
 
-def load_digits() -> tuple[Digits, Digits, Digits]:
-    """Training, validation and test digits: always the same, whatever the seed of the run."""
-    from sklearn.datasets import load_digits as load
-
-    data = load()
-    labels = torch.from_numpy(data.target).long()
-    small = torch.from_numpy(data.images).float()[:, None] / 16
-    large = F.interpolate(small, size=(DIGIT, DIGIT), mode="bicubic", align_corners=False)
-    strokes = torch.sigmoid(12 * (large - 0.45))  # contrast: edges sharp again, and the ground …
-    digits = Digits((strokes - math.exp(-12 * 0.45)).clamp(0, 1), labels)  # … as black as beyond the digit
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    test, validation, train = order.split([TEST, VALIDATION, len(labels) - TEST - VALIDATION])
-    return digits[train], digits[validation], digits[test]
-
-
-def distort(digits: Digits, generator: torch.Generator, amount: float = 1.0) -> Scenes:
+def distort(digits: Images, generator: torch.Generator, amount: float = 1.0) -> Scenes:
     """Put each digit on a canvas, rotated, scaled and shifted at random; `amount` from 0 (not at all) to 1."""
-    n = len(digits.labels)
-    uniform = torch.rand(4, n, generator=generator)
-    angle = (2 * uniform[0] - 1) * math.radians(ROTATION) * amount
-    scale = (SCALE[0] + (SCALE[1] - SCALE[0]) * uniform[1]) ** amount
-    shift = (2 * uniform[2:] - 1) * amount * SHIFT / (CANVAS / 2)  # (2, N)
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    # The sampler asks where each canvas point looks in the digit: undo the shift, the rotation, the scale.
-    linear = torch.stack([cos, sin, -sin, cos], -1).view(n, 2, 2) * (CANVAS / DIGIT / scale)[:, None, None]
-    theta = torch.cat([linear, -linear @ shift.T[..., None]], -1)
-    theta, images = theta.to(digits.images.device), digits.images
-    canvas = tri_stn.warp(images, tri_stn.Affine(theta), (CANVAS, CANVAS))
-    return Scenes(canvas, digits.labels, theta)
+    scales = SCALE[0] ** amount, SCALE[1] ** amount
+    shift = amount * SHIFT / (CANVAS / 2)
+    transform = similarity(len(digits), generator, ROTATION * amount, scales, shift, CANVAS / SIDE)
+    return Scenes(distorted(digits, transform, CANVAS).pixels, digits.labels, transform.theta.to(digits.labels.device))
 
 
 # --- networks --------------------------------------------------------------------------------------
@@ -132,60 +107,38 @@ class SpatialTransformerNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        theta = nn.Linear(32, 6)
-        # The paper's start: zero weights and the identity, so every image is first seen whole.
-        nn.init.zeros_(theta.weight)
-        theta.bias.data = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
-        features = 24 * (CANVAS // 8) ** 2
-        self.localisation = nn.Sequential(
-            nn.AvgPool2d(2), block(1, 16, 5), block(16, 24, 5), nn.Flatten(), nn.Linear(features, 32), nn.ReLU(), theta
-        )
+        localisation = nn.Sequential(nn.AvgPool2d(2), tri_stn.nn.Convolutional(1, 6, channels=(16, 24), pool=5))
+        self.transformer = tri_stn.nn.SpatialTransformer(localisation, "affine", (WINDOW, WINDOW))
         self.classifier = classifier(WINDOW, 16, 32, 32)
 
-    def locate(self, images: Tensor) -> Tensor:
-        """Where to look: theta (N, 2, 3), window → canvas."""
-        return self.localisation(images).view(-1, 2, 3)
-
-    def read(self, images: Tensor, theta: Tensor) -> Tensor:
-        """What is seen there, (N, 1, WINDOW, WINDOW)."""
-        return tri_stn.warp(images, tri_stn.Affine(theta), (WINDOW, WINDOW))
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What it sees, (N, 1, WINDOW, WINDOW), and where: theta (N, 2, 3), window → canvas."""
+        seen, theta = self.transformer(images, return_parameters=True)
+        return seen, theta.view(-1, 2, 3)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.read(images, self.locate(images)))
-
-
-def count_parameters(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
+        return self.classifier(self.transformer(images))
 
 
 # --- learning --------------------------------------------------------------------------------------
 
 
 class Learner:
-    """A network, its optimiser and its schedule; how long it took and how well it did."""
+    """A network and its training; how long it took and how well it did."""
 
-    def __init__(self, net: nn.Module, steps: int) -> None:
+    def __init__(self, net: nn.Module, batch: Callable[[int], Scenes], steps: int) -> None:
         self.net = net
+        self.training = Training(
+            net, batch, lambda net, s: F.cross_entropy(net(s.images), s.labels), steps, LEARNING_RATE
+        )
         self.seconds = 0.0
         self.validation: list[float] = []
-        groups: list[dict[str, Any]] = [{"params": list(net.parameters()), "lr": LEARNING_RATE}]
-        if isinstance(net, SpatialTransformerNet):
-            localisation = list(net.localisation.parameters())
-            groups[0]["params"] = list(net.classifier.parameters())
-            groups.append({"params": localisation, "lr": LEARNING_RATE * LOCALISATION_RATE})
-        self.optimiser = torch.optim.Adam(groups)
-        rates = [group["lr"] for group in groups]
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimiser, rates, total_steps=steps, pct_start=0.2)
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
-        start = _now(images.device)
-        loss = F.cross_entropy(self.net(images), labels)
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
-        self.optimiser.step()
-        self.schedule.step()
-        self.seconds += _now(images.device) - start
+    def step(self, device: torch.device) -> None:
+        self.training.batch(self.training.done)  # made before the clock starts
+        start = _now(device)
+        self.training.step()
+        self.seconds += _now(device) - start
 
     @torch.no_grad()
     def error(self, scenes: Scenes) -> float:
@@ -196,22 +149,24 @@ class Learner:
         return 100 * int(sum(wrong)) / len(scenes.labels)
 
 
-def train(
-    learners: list[Learner], digits: Digits, validation: Scenes, epochs: int, seed: int, report: Callable[[], None]
-) -> None:
-    """All learners see the same batches: every epoch each digit once, freshly distorted.
+def batches(digits: Images, steps: int, seed: int) -> Callable[[int], Scenes]:
+    """The batch of a step, the last one kept: every epoch each digit once, freshly distorted."""
 
-    Distortions grow to their full size over the first part of the run. A classifier that has met
-    upright digits first gives the localisation net a reason to turn them upright; without this
-    ramp the transformer leaves most of the rotation in.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        scenes = distort(digits, generator, amount=min(1.0, (epoch + 1) / (RAMP * epochs)))
-        order = torch.randperm(len(digits.labels), generator=generator).to(digits.labels.device)
-        for batch in order.split(BATCH):
+    @functools.lru_cache(maxsize=1)
+    def batch(step: int) -> Scenes:
+        index = epoch_batch(len(digits), step, BATCH, seed).to(digits.labels.device)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return distort(digits[index], generator, min(1.0, (step + 1) / (RAMP * steps)))
+
+    return batch
+
+
+def train(learners: list[Learner], validation: Scenes, epochs: int, report: Callable[[], None]) -> None:
+    """All learners see the same batches."""
+    for _ in range(epochs):
+        for _ in range(learners[0].training.steps // epochs):
             for learner in learners:
-                learner.step(scenes.images[batch], scenes.labels[batch])
+                learner.step(validation.images.device)
         for learner in learners:
             learner.validation.append(learner.error(validation))
         report()
@@ -224,7 +179,7 @@ def rotation_spread(net: SpatialTransformerNet, scenes: Scenes) -> tuple[float, 
     Within each class and then averaged, because what counts as upright is each class's own affair.
     """
     net.eval()
-    theta = torch.cat([net.locate(x) for x, _ in _batches(scenes, 256)])
+    theta = torch.cat([net.look(x)[1] for x, _ in _batches(scenes, 256)])
     to_digit = scenes.theta[:, :, :2]
     spreads = []
     for linear in (to_digit, to_digit @ theta[:, :, :2]):  # from the canvas, from the window
@@ -263,7 +218,6 @@ def sampler_memory(device: torch.device) -> dict[str, float]:
         ),
         "tri_stn.warp": lambda: tri_stn.warp(input, tri_stn.Affine(theta)),
     }
-    needed = sum(4 * t.numel() for t in (grad_output, input, theta))  # output and two gradients; the rest is there
     peaks = {}
     for name, sample in samplers.items():
 
@@ -271,32 +225,9 @@ def sampler_memory(device: torch.device) -> dict[str, float]:
             output = sample()
             return output, *torch.autograd.grad(output, [input, theta], grad_output)
 
-        peaks[name] = (_peak_bytes(run, device) - needed) / 2**20
-    return peaks
-
-
-def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that `run` had allocated at one time, with its results held."""
-    if device.type == "cuda":
         run()  # compiles kernels and sets up libraries' workspaces
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        results = run()
-        torch.cuda.synchronize(device)
-        del results
-        return torch.cuda.max_memory_allocated(device) - before
-    # The CPU allocator keeps no peak, but the profiler records every allocation and release.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces itself on stderr
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        results = run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    del results
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+        peaks[name] = (peak_bytes(run, device) or 0) / 2**20
+    return peaks
 
 
 # --- what is shown ---------------------------------------------------------------------------------
@@ -344,8 +275,8 @@ def draw(plain: Learner, transformer: Learner, scenes: Scenes, path: Path) -> No
         for pair in range(2):
             with torch.no_grad():
                 images = scenes.images[first + pair * digits]
-                theta = net.locate(images)
-                seen = net.read(images, theta).cpu()
+                seen, theta = net.look(images)
+                seen = seen.cpu()
             corners = torch.tensor([[-1.0, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1]])
             windows = ((corners @ theta.cpu().mT + 1) * CANVAS - 1) / 2  # (10, 4, 2), in pixels
             for column in range(10):
@@ -424,17 +355,19 @@ def demo(out: Path, epochs: int, seed: int, device: torch.device) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console()
-    digits, held_out, unseen = (Digits(d.images.to(device), d.labels.to(device)) for d in load_digits())
+    data = load_digits()
     validation, test = (
-        distort(Digits(d.images.repeat(COPIES, 1, 1, 1), d.labels.repeat(COPIES)), torch.Generator().manual_seed(s))
-        for d, s in ((held_out, VALIDATION_SEED), (unseen, TEST_SEED))
+        distort(d.repeat(COPIES).to(device), torch.Generator().manual_seed(s))
+        for d, s in ((data.validation, VALIDATION_SEED), (data.test, TEST_SEED))
     )
     torch.manual_seed(seed)
     transformer_net, plain_net = SpatialTransformerNet().to(device), plain_cnn().to(device)
-    steps = epochs * math.ceil(len(digits.labels) / BATCH)
-    plain, transformer = learners = Learner(plain_net, steps), Learner(transformer_net, steps)
+    steps = epochs * math.ceil(len(data.train) / BATCH)
+    batch = batches(data.train.to(device), steps, seed)
+    plain, transformer = learners = Learner(plain_net, batch, steps), Learner(transformer_net, batch, steps)
     console.print(
-        f"{len(digits.labels)} digits to learn from, {VALIDATION} for validation, {TEST} for the test, on {device}.\n"
+        f"{len(data.train)} digits to learn from, {len(data.validation)} for validation, {len(data.test)} for the "
+        f"test, on {device}.\n"
         f"Parameters: plain CNN {count_parameters(plain_net):,}, with the transformer "
         f"{count_parameters(transformer_net):,}."
     )
@@ -450,7 +383,7 @@ def demo(out: Path, epochs: int, seed: int, device: torch.device) -> None:
             )
             progress.update(task, advance=1, description=errors)
 
-        train(list(learners), digits, validation, epochs, seed, report)
+        train(list(learners), validation, epochs, report)
     print_tables(console, plain, transformer, test, epochs, sampler_memory(device), device)
     draw(plain, transformer, test, out)
     console.print(f"Wrote {out}: test digits, and what the transformer made of them.")
@@ -464,7 +397,9 @@ def print_tables(
 
     assert isinstance(transformer.net, SpatialTransformerNet)
     before, after = rotation_spread(transformer.net, test)
-    table = Table(title=f"{len(test.labels):,} test scenes of {TEST} unseen digits", title_justify="left")
+    table = Table(
+        title=f"{len(test.labels):,} test scenes of {len(test.labels) // COPIES} unseen digits", title_justify="left"
+    )
     table.add_column("")
     for heading in ("plain CNN", "with the transformer"):
         table.add_column(heading, justify="right")

@@ -29,7 +29,7 @@ def test_public_names():
     builders = ["boxes", "compose", "crop_box", "from_pixel_matrix", "invert"]
     builders += ["rotation", "scaling", "shear", "to_pixel_matrix", "translation"]
     samplers = ["affine_grid", "fuse", "grid_sample", "register_transform", "splat", "warp"]
-    assert tri_stn.__all__ == sorted(transforms + builders + samplers)
+    assert tri_stn.__all__ == sorted(transforms + builders + samplers + ["nn"])
     assert all(getattr(tri_stn, name).__doc__ for name in tri_stn.__all__)
 
 
@@ -94,6 +94,8 @@ def test_wheel_from_the_sdist_works_anywhere(sdist, tmp_path, interpret):
     """On the CPU path and through the kernels."""
     folder = tmp_path / "site"
     zipfile.ZipFile(build("wheel", sdist, tmp_path)).extractall(folder)
+    modules = {path.relative_to(ROOT) for path in (ROOT / "tri_stn").rglob("*.py")}
+    assert all((folder / module).exists() for module in modules)  # each subpackage is in pyproject's list
     assert (folder / "tri_stn" / "py.typed").exists() and (sdist / "LICENSE").exists()
     code, environment = USE.format(folder=str(folder)), os.environ | {"TRITON_INTERPRET": interpret}
     assert python(code, tmp_path, env=environment) == "16.0"
@@ -128,7 +130,7 @@ def imports(file):
     [
         ("kernels/*.py", ("tri_stn", "..", "bench", "tests")),
         ("tri_stn/reference.py", (".kernels", "tri_stn", "triton")),
-        ("tri_stn/*.py", ("triton", "bench", "tests")),
+        ("tri_stn/**/*.py", ("triton", "bench", "tests")),
     ],
 )
 def test_rooms_keep_to_themselves(files, forbidden):

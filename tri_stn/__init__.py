@@ -1,5 +1,6 @@
 """Spatial transformer sampling for PyTorch, fused in Triton: no grid is ever stored."""
 
+from . import nn
 from .diffeomorphic import Velocity
 from .extend import register_transform
 from .functional import grid_sample, splat, warp
@@ -54,6 +55,7 @@ __all__ = [
     "fuse",
     "grid_sample",
     "invert",
+    "nn",
     "register_transform",
     "rotation",
     "scaling",

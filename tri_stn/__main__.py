@@ -116,6 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--align-corners", action="store_true", help="fit the outermost pixels' centres, not edges")
     command.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")
     command.set_defaults(run=_warp)
+    command = commands.add_parser(
+        "gallery",
+        help="draw what a spatial transformer does, for learners",
+        description="Draw pictures of what a spatial transformer does: coordinates, forward and reverse mapping, "
+        "interpolation, every transform, sampling points, and a network in training (under a minute on one core).",
+    )
+    command.add_argument("names", nargs="*", metavar="PICTURE", help="which of them; by default all")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write to")
+    command.add_argument("--photo", type=Path, metavar="FILE", help="a photograph; scikit-learn's pagoda by default")
+    command.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, …")
+    command.set_defaults(run=_gallery)
     return parser
 
 
@@ -136,6 +147,18 @@ def _warp(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("mode", "padding_mode", "align_corners")}
     pixels = _warp_pixels(picture.pixels.to(device), Affine(theta.to(device)), (height, width), options)
     _write(Picture(pixels.cpu(), picture.bits, picture.icc_profile), arguments.output, format)
+
+
+def _gallery(arguments: argparse.Namespace) -> None:
+    from . import gallery
+
+    device = _device(arguments.device)
+    photo = None if arguments.photo is None else _read(arguments.photo)
+    pixels = None if photo is None else photo.pixels / (2**photo.bits - 1)
+    try:
+        gallery.draw(arguments.names, arguments.out, pixels, device, gallery.progress_line)
+    except gallery.GalleryError as error:
+        raise CommandError(str(error)) from error
 
 
 def _warp_pixels(pixels: Tensor, transform: Affine, size: tuple[int, int], options: dict[str, Any]) -> Tensor:
