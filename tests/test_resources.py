@@ -79,13 +79,13 @@ def test_channels_last_loads_are_wide(rows, arch):
         ("gather", "supersample", 128),
         ("walk", "supersample", 168),
         ("scatter", "supersample", 168),
-        ("scatter", "affine 2-D bilinear border float32 contiguous +theta large", 128),
+        ("scatter", "affine 2-D bilinear border float32 contiguous +theta large", 168),
         ("reduce", "affine 2-D bilinear border float32 contiguous large", 128),
         ("reduce", "affine 2-D bilinear border bfloat16 channels_last large", 128),
         ("reduce", "affine 2-D bilinear border float32 contiguous tangent large", 168),
         ("reduce", "supersample=0 large", 128),
-        ("reduce", "large", 200),  # 197 in 3-D: a homography's sixteen gradients, held from tile to tile
-        ("scatter", "large", 216),  # 214, likewise
+        ("reduce", "large", 240),  # 235 in 3-D on sm_80: a homography's sixteen gradients, held from tile to tile
+        ("scatter", "large", 224),  # 221, likewise
         ("reduce", "supersample", 176),  # 173 in 3-D, which hold a matrix's twelve gradients from sample to sample
     ],
 )
