@@ -56,6 +56,8 @@ class Case:
     supersample: int = 1
     project: str = ""
     """Of the gather: a volume's output reduced along its depth."""
+    large: bool = False
+    """An output so large that a program takes several of its tiles, for the sums over them to stay few."""
 
     @property
     def stages(self) -> str:
@@ -68,6 +70,7 @@ class Case:
         words += ["tangent"] * self.tangent + ["deterministic"] * self.deterministic
         words += ["fill"] * self.fill
         words += [f"supersample={self.supersample}"] * (self.supersample != 1) + [self.project] * bool(self.project)
+        words += ["large"] * self.large
         return " ".join(words)
 
 
@@ -169,6 +172,14 @@ def all_cases() -> list[tuple[Case, str]]:
         filled += cases("affine", linear, ("zeros",), **more)
     once += [replace(case, fill=True) for case in filled if case.need_parameters]  # the image's gradient has no fill
     once += [replace(cases("affine", linear, folding)[0], fill=True)]  # the mask alone
+    loops = cases("affine", linear, folding) + cases("projective", linear, folding, size=(6, 8, 16))
+    loops = [replace(case, large=True) for case in loops if case.kernel in ("scatter", "reduce")]
+    loops = [case for case in loops if case.need_parameters]
+    everywhere += loops
+    larger = cases("affine", linear, folding, **wide) + cases("affine", linear, folding, supersample=0)
+    larger += cases("projective", linear, folding, tangent=True) + cases("affine", linear, folding, tangent=True)
+    larger += cases("affine", linear, ("zeros",), size=(6, 8, 16)) + cases("affine", ("bicubic",), ("reflection",))
+    once += [replace(case, large=True) for case in larger if case.kernel == "reduce"]
     return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
 
 
@@ -195,7 +206,8 @@ def compile_case(case: Case, arch: str):
     """The compiled kernel that a launcher would start for this case."""
     from tri_stn import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
 
-    image, output = _image(case, case.size), _image(case, tuple(max(1, n // 2) for n in case.size))
+    scale = {2: 64, 3: 24}[len(case.size)] if case.large else 0.5
+    image, output = _image(case, case.size), _image(case, tuple(max(1, int(n * scale)) for n in case.size))
     parameters, auxiliary = _map(case, output.shape[2:])
     tangents = (image, parameters) if case.tangent else (None, None)
     fill = torch.empty(case.channels, device="meta") if case.fill and case.padding_mode == "zeros" else None

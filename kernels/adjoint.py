@@ -9,7 +9,9 @@
 All of them also compute what their gradients change by along a direction, for second derivatives.
 
 The gradient of a few parameters is a sum over everything: every program leaves its share in a slot
-of its own, and torch adds the slots. Those of a dense map belong to one output pixel each.
+of its own, and torch adds the slots. There are not more of them than a budget allows, or than the image
+has tiles: from a large output, each program takes several tiles. Those of a dense map belong to one
+output pixel each.
 """
 
 import math
@@ -64,15 +66,19 @@ def adjoint(
     dims, channels = image.dim() - 2, image.shape[1]
     layout = dims, channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
     scatter_tile = tiling.scatter_tile(*layout, whole=dense and need_parameters, fixed=deterministic)
-    scatter_grid = scatter_tile.grid(batch * maps, channels, grad_output.shape[2:])
+    tiles, channel_programs = scatter_tile.grid(1, channels, grad_output.shape[2:])
     walk_tile = tiling.walk_tile(*layout, folds, tangent)
     walk_grid = walk_tile.grid(batch, channels, image.shape[2:])
 
     compute = launch.compute_dtype(image.dtype)
-    scatter_slots = scatter_grid[0] // (batch * maps) * scatter_grid[1] if scatters else 0
-    chained = stages.is_chain(kind)
+    chained, programs = stages.is_chain(kind), tiles
+    scatter_slots = tiles * channel_programs if scatters else 0
     if chained:  # many numbers: programs share slots, and add by atomics
         scatter_slots = tiling.shared_slots(scatter_slots, batch * maps * launch.count(parameters))
+    elif need_parameters and not dense:
+        programs = tiling.programs(tiles, batch * maps * channel_programs * launch.count(parameters))
+        scatter_slots = programs * channel_programs if scatters else 0
+    scatter_grid = batch * maps * programs, channel_programs
     walk_slots = walk_grid[0] // batch * walk_grid[1] if walks else 0
     partials = None
     if need_parameters and not dense:
@@ -111,7 +117,7 @@ def adjoint(
                 *sizes, launch.strides(image), gradients_strides, slot, max(1, scatter_slots), *strides,
                 fill,
                 **stages.scatter(kind, mode, padding_mode), **constants, **flags,
-                FOLDED_ONLY=walks, NEED_INPUT=need_input, **scatter_tile.constants(far),
+                FOLDED_ONLY=walks, NEED_INPUT=need_input, LOOP=programs < tiles, **scatter_tile.constants(far),
             )  # fmt: skip
 
         if deterministic and need_input:

@@ -1,7 +1,9 @@
 """The backward pass from the output's side, and its change along a direction.
 
 One program owns a tile of output pixels of one map. It adds grad_input by atomics, and reduces the
-gradient of the transform's coefficients to one partial sum. It serves what the walk does not:
+gradient of the transform's coefficients to one partial sum. With LOOP, it owns every so many-th tile of a
+map, and adds all of them up in registers: so many programs that one slot for each stays small.
+It serves what the walk does not:
 
     FOLDED_ONLY  samples that a padding mode folds back into the image, before the walk
     otherwise    maps that no walk serves; and the transform's gradient alone, a pure reduction with NEED_INPUT off
@@ -46,144 +48,93 @@ def scatter_kernel(
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     FOLDED_ONLY: tl.constexpr, FIXED: tl.constexpr, MEASURE: tl.constexpr,
     NEED_INPUT: tl.constexpr, NEED_PARAMETERS: tl.constexpr,
-    TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr, SUPERSAMPLE: tl.constexpr,
+    TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr, SUPERSAMPLE: tl.constexpr, LOOP: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    AXES: tl.constexpr = len(BLOCK) - loops(len(BLOCK), TAPS)  # whose taps are all at hand
     ORDER: tl.constexpr = (1 if NEED_PARAMETERS else 0) + (1 if TANGENT else 0)
     VARIES: tl.constexpr = SUPERSAMPLE == 0 and SHRINK is None  # how many samples, from pixel to pixel
     # A chain adds the gradients of its numbers itself, sample by sample.
-    SUMS: tl.constexpr = SUPERSAMPLE != 1 and len(links) == 0
+    SUMS: tl.constexpr = (SUPERSAMPLE != 1 or LOOP) and len(links) == 0
     COEFFICIENTS: tl.constexpr = len(BLOCK) * (len(BLOCK) + 1) if SHRINK is not None else (len(BLOCK) + 1) ** 2
     tiles = tile_count(output_size, BLOCK)
-    tile = tl.program_id(0) % tiles
-    m = (tl.program_id(0) // tiles).to(tl.int64)
+    programs = slots // tl.num_programs(1) if LOOP else tiles
+    program = tl.program_id(0) % programs
+    m = (tl.program_id(0) // programs).to(tl.int64)
     n = m // maps
     k = m % maps
-    p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
-
-    per_axis = SUPERSAMPLE
-    if SUPERSAMPLE == 0:
-        per_axis = samples_per_axis(
-            parameters_ptr, links, chain, m, maps, p, mask, output_size, input_size,
-            parameters_batch, parameters_strides, LOAD, TRANSFORM, SHRINK, ALIGN_CORNERS, COMPUTE, INDEX,
-        )  # fmt: skip
-    count = power(per_axis, len(BLOCK)) if SUPERSAMPLE == 0 else SUPERSAMPLE ** len(BLOCK)
-    share = 1.0 / tl.cast(count, COMPUTE)
 
     input_ptr = image_start(input_ptr, n, input_batch, input_strides)
     input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
     grad_output_ptr = image_start(grad_output_ptr, m, grad_output_batch, grad_output_strides)
+    if NEED_INPUT and not MEASURE:
+        grad_input_ptr += n * grad_input_strides[0]
     scale = tl.load(scale_ptr + n) if FIXED else 1.0
     largest = tl.zeros((lanes(BLOCK), BLOCK_C), COMPUTE)
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
     stop = tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
     numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
-    slot = (tile * tl.num_programs(1) + tl.program_id(1)) % slots
+    slot = (program * tl.num_programs(1) + tl.program_id(1)) % slots
     if NEED_PARAMETERS:
         gradients_ptr += n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot
     if NEED_PARAMETERS and SUMS:
         gradients = tuples.zeros(COEFFICIENTS, (lanes(BLOCK),), COMPUTE)
-    for sample in range(tl.max(count) if VARIES else count):
-        place = p
-        u = centred(p, output_size, COMPUTE) if SUPERSAMPLE == 1 else ()
-        if SUPERSAMPLE != 1:
-            u = sample_place(p, sample, per_axis, output_size, COMPUTE)
-            place = uncentred(u, output_size, COMPUTE)
-        coefficients, tangents, x, t = look(
-            parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, place, u, mask, output_size, input_size,
-            parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
-            LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
-        )  # fmt: skip
-        taps = taps_along(
-            x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
-            WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,
-        )  # fmt: skip
-        wanted = mask & (sample < count) if VARIES else mask
-        if FOLDED_ONLY and TAPS <= 2:
-            wanted &= ~strictly_inside(x, input_size)
-
-        grad_x = tuples.zeros(len(BLOCK), (lanes(BLOCK),), COMPUTE)
-        held_grad_x = grad_x  # of the samples where they are, for a map that bends
-        fill_dot = tl.zeros((lanes(BLOCK),), COMPUTE)
-        # Most tiles hold no folded sample at all.
-        for first in range(start, tl.where(tl.max(wanted.to(tl.int32)) > 0, stop, start), UNROLL * BLOCK_C):
-            for block in tl.static_range(UNROLL):
-                c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
-                in_channels = (c < channels)[None, :]
-                grad_output = load_block(
-                    grad_output_ptr, p, c, grad_output_strides, wanted[:, None] & in_channels, INDEX, COMPUTE
-                )
-                if VARIES:
-                    grad_output *= share[:, None]
-                elif SUPERSAMPLE != 1:
-                    grad_output *= share
-                if NEED_PARAMETERS and fill_ptr is not None:
-                    fill_dot += tl.sum(load_fill(fill_ptr, c, channels, COMPUTE) * grad_output, axis=1)
-                for plane in range(1 if len(BLOCK) == AXES else TAPS):
-                    last_taps = taps_along(
-                        x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
-                        WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, INDEX, ORDER,
-                    )  # fmt: skip
-                    for corner_id in tl.static_range(TAPS**AXES):
-                        weights, slopes, curvatures, pixel, inside, direct = corner(
-                            taps + last_taps, corner_id, TAPS, ORDER
-                        )
-                        if FOLDED_ONLY and TAPS > 2:  # a cubic sample folds tap by tap
-                            inside &= ~direct
-                        corner_mask = (inside & wanted)[:, None] & in_channels
-                        if NEED_INPUT:
-                            weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
-                            added = weight[:, None] * grad_output
-                            if MEASURE:
-                                size = tl.where(corner_mask, tl.abs(added), 0.0)
-                                largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
-                            else:
-                                tl.atomic_add(
-                                    grad_input_ptr
-                                    + n * grad_input_strides[0]
-                                    + block_offset(pixel, c, grad_input_strides, INDEX),
-                                    tl.floor(added * scale + 0.5).to(tl.int64) if FIXED else added,
-                                    mask=corner_mask,
-                                    sem="relaxed",
-                                )
-                        if NEED_PARAMETERS:
-                            value = load_block(input_ptr, pixel, c, input_strides, corner_mask, INDEX, COMPUTE)
-                            dot = tl.sum(value * grad_output, axis=1)
-                            if TANGENT:
-                                grad_x = tuples.add(grad_x, product_vjp_jvp(weights, slopes, curvatures, t, dot))
-                                if TRANSFORM_VJP_JVP is not None:
-                                    held_grad_x = tuples.add(held_grad_x, product_vjp(weights, slopes, dot))
-                            else:
-                                grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
-                            if INPUT_TANGENT:
-                                value = load_block(
-                                    input_tangent_ptr, pixel, c, input_tangent_strides, corner_mask, INDEX, COMPUTE
-                                )
-                                dot = tl.sum(value * grad_output, axis=1)
-                                grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
-
-        if NEED_PARAMETERS:
-            if fill_ptr is not None:
-                weights, slopes, curvatures = coverage(x, input_size, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ORDER)
-                if TANGENT:
-                    grad_x = tuples.add(grad_x, product_vjp_jvp(weights, slopes, curvatures, t, -fill_dot))
-                    if TRANSFORM_VJP_JVP is not None:
-                        held_grad_x = tuples.add(held_grad_x, product_vjp(weights, slopes, -fill_dot))
+    tile = program
+    p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
+    for _turn in range(tl.cdiv(tiles - program, programs) if LOOP else 1):
+        per_axis = SUPERSAMPLE
+        if SUPERSAMPLE == 0:
+            per_axis = samples_per_axis(
+                parameters_ptr, links, chain, m, maps, p, mask, output_size, input_size,
+                parameters_batch, parameters_strides, LOAD, TRANSFORM, SHRINK, ALIGN_CORNERS, COMPUTE, INDEX,
+            )  # fmt: skip
+        count = power(per_axis, len(BLOCK)) if SUPERSAMPLE == 0 else SUPERSAMPLE ** len(BLOCK)
+        share = 1.0 / tl.cast(count, COMPUTE)
+        for sample in range(tl.max(count) if VARIES else count):
+            place = p
+            u = centred(p, output_size, COMPUTE) if SUPERSAMPLE == 1 else ()
+            if SUPERSAMPLE != 1:
+                u = sample_place(p, sample, per_axis, output_size, COMPUTE)
+                place = uncentred(u, output_size, COMPUTE)
+            coefficients, tangents, x, t = look(
+                parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, place, u, mask, output_size, input_size,
+                parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+                LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
+            )  # fmt: skip
+            wanted = mask & (sample < count) if VARIES else mask
+            grad_x, held_grad_x, fill_dot, largest = _visit(
+                grad_input_ptr, grad_output_ptr, input_ptr, input_tangent_ptr, fill_ptr, largest, scale,
+                p, x, t, wanted, share, start, stop, channels, input_size,
+                grad_input_strides, grad_output_strides, input_strides, input_tangent_strides,
+                PADDING, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ALIGN_CORNERS, COMPUTE, INDEX,
+                FOLDED_ONLY, FIXED, MEASURE, NEED_INPUT, NEED_PARAMETERS,
+                TANGENT, TRANSFORM_VJP_JVP is not None, INPUT_TANGENT, VARIES, SUPERSAMPLE, BLOCK_C, UNROLL,
+            )  # fmt: skip
+            if NEED_PARAMETERS:
+                if fill_ptr is not None:
+                    weights, slopes, curvatures = coverage(
+                        x, input_size, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ORDER
+                    )
+                    if TANGENT:
+                        grad_x = tuples.add(grad_x, product_vjp_jvp(weights, slopes, curvatures, t, -fill_dot))
+                        if TRANSFORM_VJP_JVP is not None:
+                            held_grad_x = tuples.add(held_grad_x, product_vjp(weights, slopes, -fill_dot))
+                    else:
+                        grad_x = tuples.add(grad_x, product_vjp(weights, slopes, -fill_dot))
+                grad_x = pass_padding(grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
+                change = TRANSFORM_VJP(coefficients, u, grad_x)
+                if TANGENT and TRANSFORM_VJP_JVP is not None:
+                    held_grad_x = pass_padding(held_grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
+                    change = tuples.add(change, TRANSFORM_VJP_JVP(coefficients, tangents, u, held_grad_x))
+                if SUMS:
+                    gradients = tuples.add(gradients, change)
                 else:
-                    grad_x = tuples.add(grad_x, product_vjp(weights, slopes, -fill_dot))
-            grad_x = pass_padding(grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
-            change = TRANSFORM_VJP(coefficients, u, grad_x)
-            if TANGENT and TRANSFORM_VJP_JVP is not None:
-                held_grad_x = pass_padding(held_grad_x, x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
-                change = tuples.add(change, TRANSFORM_VJP_JVP(coefficients, tangents, u, held_grad_x))
-            if SUMS:
-                gradients = tuples.add(gradients, change)
-            else:
-                LOAD_VJP(
-                    gradients_ptr, change, gradients_strides[2:], numbers, links, map_chain(chain, numbers, n, k),
-                    place, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
-                )  # fmt: skip
+                    LOAD_VJP(
+                        gradients_ptr, change, gradients_strides[2:], numbers, links, map_chain(chain, numbers, n, k),
+                        place, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+                    )  # fmt: skip
+        if LOOP:
+            tile += programs
+            p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
 
     if MEASURE:
         tl.atomic_max(scale_ptr + n, tl.max(largest))
@@ -192,3 +143,89 @@ def scatter_kernel(
             gradients_ptr, gradients, gradients_strides[2:], numbers, links, chain,
             p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
         )  # fmt: skip
+
+
+@triton.jit
+def _visit(
+    grad_input_ptr, grad_output_ptr, input_ptr, input_tangent_ptr, fill_ptr, largest, scale,
+    p, x, t, wanted, share, start, stop, channels, input_size,
+    grad_input_strides, grad_output_strides, input_strides, input_tangent_strides,
+    PADDING: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr,
+    TAPS: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    FOLDED_ONLY: tl.constexpr, FIXED: tl.constexpr, MEASURE: tl.constexpr,
+    NEED_INPUT: tl.constexpr, NEED_PARAMETERS: tl.constexpr,
+    TANGENT: tl.constexpr, HOLDS: tl.constexpr, INPUT_TANGENT: tl.constexpr,
+    VARIES: tl.constexpr, SUPERSAMPLE: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """One sample of each pixel p, at x, channel by channel and corner by corner: what it gives to grad_input is added
+    there, or measured, and the gradient of where it looks comes back, with HOLDS also that of where it is, what fill
+    is worth in it, and the largest.
+    """
+    DIMS: tl.constexpr = len(p)
+    LANES: tl.constexpr = p[0].shape[0]
+    AXES: tl.constexpr = DIMS - loops(DIMS, TAPS)  # whose taps are all at hand
+    ORDER: tl.constexpr = (1 if NEED_PARAMETERS else 0) + (1 if TANGENT else 0)
+    taps = taps_along(
+        x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
+        WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,
+    )  # fmt: skip
+    if FOLDED_ONLY and TAPS <= 2:
+        wanted &= ~strictly_inside(x, input_size)
+    grad_x = tuples.zeros(DIMS, (LANES,), COMPUTE)
+    held_grad_x = grad_x  # of the samples where they are, for a map that bends
+    fill_dot = tl.zeros((LANES,), COMPUTE)
+    # Most tiles hold no folded sample at all.
+    for first in range(start, tl.where(tl.max(wanted.to(tl.int32)) > 0, stop, start), UNROLL * BLOCK_C):
+        for block in tl.static_range(UNROLL):
+            c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+            in_channels = (c < channels)[None, :]
+            grad_output = load_block(
+                grad_output_ptr, p, c, grad_output_strides, wanted[:, None] & in_channels, INDEX, COMPUTE
+            )
+            if VARIES:
+                grad_output *= share[:, None]
+            elif SUPERSAMPLE != 1:
+                grad_output *= share
+            if NEED_PARAMETERS and fill_ptr is not None:
+                fill_dot += tl.sum(load_fill(fill_ptr, c, channels, COMPUTE) * grad_output, axis=1)
+            for plane in range(1 if DIMS == AXES else TAPS):
+                last_taps = taps_along(
+                    x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
+                    WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, INDEX, ORDER,
+                )  # fmt: skip
+                for corner_id in tl.static_range(TAPS**AXES):
+                    weights, slopes, curvatures, pixel, inside, direct = corner(
+                        taps + last_taps, corner_id, TAPS, ORDER
+                    )
+                    if FOLDED_ONLY and TAPS > 2:  # a cubic sample folds tap by tap
+                        inside &= ~direct
+                    corner_mask = (inside & wanted)[:, None] & in_channels
+                    if NEED_INPUT:
+                        weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
+                        added = weight[:, None] * grad_output
+                        if MEASURE:
+                            size = tl.where(corner_mask, tl.abs(added), 0.0)
+                            largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
+                        else:
+                            tl.atomic_add(
+                                grad_input_ptr + block_offset(pixel, c, grad_input_strides, INDEX),
+                                tl.floor(added * scale + 0.5).to(tl.int64) if FIXED else added,
+                                mask=corner_mask,
+                                sem="relaxed",
+                            )
+                    if NEED_PARAMETERS:
+                        value = load_block(input_ptr, pixel, c, input_strides, corner_mask, INDEX, COMPUTE)
+                        dot = tl.sum(value * grad_output, axis=1)
+                        if TANGENT:
+                            grad_x = tuples.add(grad_x, product_vjp_jvp(weights, slopes, curvatures, t, dot))
+                            if HOLDS:
+                                held_grad_x = tuples.add(held_grad_x, product_vjp(weights, slopes, dot))
+                        else:
+                            grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
+                        if INPUT_TANGENT:
+                            value = load_block(
+                                input_tangent_ptr, pixel, c, input_tangent_strides, corner_mask, INDEX, COMPUTE
+                            )
+                            dot = tl.sum(value * grad_output, axis=1)
+                            grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
+    return grad_x, held_grad_x, fill_dot, largest

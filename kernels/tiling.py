@@ -101,10 +101,19 @@ def _tile(
 
 
 _MOST_PARTIALS = 2**18
+"""Numbers in the partial sums of all maps together: a mebibyte in fp32, two in fp64."""
 
 
 def shared_slots(programs: int, numbers: int) -> int:
     """How many slots of partial sums the programs of a map share, where all maps together have so many numbers: one
-    for each, as long as that is a mebibyte of fp32 or less.
+    for each, as long as the partial sums allow.
     """
     return max(1, min(programs, _MOST_PARTIALS // max(1, numbers)))
+
+
+def programs(tiles: int, numbers: int) -> int:
+    """How many programs take the tiles of a map, where each has a slot of its own, and one program of each map so
+    many numbers in all: one for each tile, as long as the partial sums allow; else so few that all take as many.
+    """
+    most = max(1, _MOST_PARTIALS // max(1, numbers))
+    return cdiv(tiles, cdiv(tiles, most))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import DEVICE
+from tri_stn.kernels import tiling
 
 import tri_stn
 from tri_stn.testing import Case, assert_accurate, warp_truth
@@ -51,6 +52,24 @@ def test_order_of_programs_does_not_matter(deterministic, turn_around, case):
     first = grad_input(case, DEVICE)
     turn_around()
     assert torch.equal(first, grad_input(case, DEVICE))
+
+
+@INTERPRETED
+@pytest.mark.parametrize("most", [2**18, 20])
+@pytest.mark.parametrize("kind", ["affine", "projective"])
+def test_nor_to_the_gradient_of_a_matrix(turn_around, monkeypatch, kind, most):
+    """Without the mode: every program has a slot of its own, also where it takes several tiles."""
+    monkeypatch.setattr(tiling, "_MOST_PARTIALS", most)
+    case = Case(kind=kind, size=(40, 9), input_size=(3, 2), padding_mode="border")
+
+    def grad_matrix():
+        image, parameters, grad = case.tensors(DEVICE)
+        output = tri_stn.warp(image, case.transform(parameters.requires_grad_()), case.size, **case.options)
+        return torch.autograd.grad(output, parameters, grad)[0]
+
+    first = grad_matrix()
+    turn_around()
+    assert torch.equal(first, grad_matrix())
 
 
 @INTERPRETED

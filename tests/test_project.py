@@ -165,7 +165,7 @@ def test_the_sampled_volume_is_never_stored(project, monkeypatch):
         # The interpreter allocates for itself, so nothing is started.
         monkeypatch.setattr(importlib.import_module(f"tri_stn.kernels.{file}"), name, Silent(name, []))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    depth, height, width = 256, 32, 32
+    depth, height, width = 2048, 64, 64
     image = torch.zeros(1, 2, 8, 16, 16, device=DEVICE, requires_grad=True)
     theta = torch.eye(3, 4, device=DEVICE)[None].requires_grad_()
     with Allocations() as log:
@@ -175,8 +175,8 @@ def test_the_sampled_volume_is_never_stored(project, monkeypatch):
         output.sum().backward()
     assert output.shape == (1, 2, height, width)
     largest = max(t.untyped_storage().nbytes() for t in log.tensors)
-    # 3 numbers per element for "max", and what torch takes to make them.
-    assert largest <= 4 * output.numel() * output.element_size() < depth * height * width * output.element_size() / 8
+    # The partial sums of theta's gradient; for "max" 3 numbers per element, and what torch takes to make them.
+    assert largest <= 2**20 + 2**12 < depth * height * width * output.element_size() / 8
 
 
 @pytest.mark.parametrize(
