@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 
 _OPTIONS = "str kind, str mode, str padding_mode, bool align_corners, int supersample"
 _MAP = "Tensor parameters, Tensor? auxiliary, Tensor? fill"
@@ -75,6 +75,10 @@ def _warp_forward(
     size: Sequence[int], project: str, return_mask: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = (input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
+    if _is_plain(input, *tensors[2:], *options) and not project and not return_mask:
+        plain = cpu.warp(input, parameters, size, *options[:-1])
+        if plain is not None:
+            return _laid_out(plain, is_channels_last(input)), input.new_empty(0)
     output, mask = _allocate_output(*tensors, size, project, return_mask)
     if output.numel():
         with torch.cuda.device_of(input):  # where Triton launches; for CPU tensors it does nothing
@@ -130,6 +134,12 @@ def _warp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = (grad_output, input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
     needs = (need_input, need_parameters, need_auxiliary)
+    if _is_plain(grad_output, *tensors[3:], *options):
+        plain = cpu.warp_backward(grad_output, input, parameters, input_size, *needs[:2], *options[:-1])
+        if plain is not None:
+            empty = parameters.new_empty(0)
+            grad_input = grad_output.new_empty(0) if plain[0] is None else _laid_out(plain[0], channels_last)
+            return grad_input, empty if plain[1] is None else plain[1], parameters.new_empty(0)
     gradients = _allocate_gradients(*tensors, input_size, channels_last, *needs)
     if not grad_output.numel():
         for gradient in gradients:
@@ -214,6 +224,20 @@ def is_channels_last(image: Tensor) -> bool:
 def is_deterministic() -> bool:
     """Whether sums must not depend on the order in which programs run."""
     return torch.are_deterministic_algorithms_enabled()
+
+
+def _laid_out(image: Tensor, channels_last: bool) -> Tensor:
+    return image.contiguous(memory_format=_CHANNELS_LAST[image.dim()]) if channels_last else image
+
+
+def _is_plain(
+    image: Tensor, auxiliary: Tensor | None, fill: Tensor | None, input_tangent: Tensor | None,
+    parameters_tangent: Tensor | None, *options: Any,
+) -> bool:  # fmt: skip
+    """Whether `cpu` may serve: a CPU tensor outside of Triton's interpreter, one sample per pixel, nothing beside."""
+    if image.device.type != "cpu" or options[-1] != 1 or os.environ.get("TRITON_INTERPRET") == "1":
+        return False
+    return auxiliary is None and fill is None and input_tangent is None and parameters_tangent is None
 
 
 def _backend(image: Tensor) -> ModuleType:

@@ -1,0 +1,342 @@
+"""The common cases on the CPU, by torch's own sampler: the twin of `reference` for speed.
+
+A part of the output at a time gets its grid, in as few passes over memory as there can be, and ATen's
+`grid_sampler` reads the image through it. For maps of matrices, with columns along x and rows along the other axes,
+
+    grid[row, column] = (θ_x · x[column] + θ_1) + (θ_y · y[row] + θ_z · z[row])
+
+is one addition for each number, and θ's gradient is one product of matrices with the grid's.
+
+`warp` and `warp_backward` answer None where they do not serve, and the reference does: lines, bicubic volumes, chains,
+fills, masks, several samples per pixel, tangents, batches that are not equal, and by the numbers of a map
+
+- coordinates that are not finite or far away: ATen's CPU sampler makes NaN of them;
+- homographies that reach infinity within the output, or come near it;
+- many samples exactly on pixels (between them, for nearest), such as the identity's: which side they fall on is the
+  convention's to say, and a normalised coordinate has lost that to rounding.
+
+Shape notes: M images, K maps per image, B maps, R rows and W columns of an output, d dimensions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .points import pixels_per_unit
+from .reference import compute_dtype
+
+CHUNK_BYTES = 2**22
+"""Working memory: the grid of a whole output up to this size; of a part of it, with what is read there."""
+FAR = 1e4
+"""Numbers of a map beyond this are left to the reference: ATen's CPU sampler takes 32-bit pixels."""
+
+_MODES = {"bilinear": 0, "nearest": 1, "bicubic": 2}
+_PADDINGS = {"zeros": 0, "border": 1, "reflection": 2}
+_KINDS = ("affine", "projective", "grid", "displacement", "pixel_displacement")
+
+
+def warp(
+    input: Tensor, parameters: Tensor, size: Sequence[int], kind: str, mode: str, padding_mode: str, align_corners: bool
+) -> Tensor | None:
+    """Input (M, C, *input_size) read through parameters (M, K, …): a new (M * K, C, *size), contiguous; or None."""
+    maps = _Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, align_corners)
+    if maps is None:
+        return None
+    sample = torch.ops.aten.grid_sampler_2d if maps.dims == 2 else torch.ops.aten.grid_sampler_3d
+    options = _MODES[mode], _PADDINGS[padding_mode], align_corners
+    parts = maps.parts(1, CHUNK_BYTES, beside=input.shape[1] * math.prod(size) * maps.dtype.itemsize)
+    output = None
+    for image, first, last, start, stop in parts:
+        source, grid = input[image].to(maps.dtype), maps.grid(first, last, start, stop)
+        if len(source) == 1:
+            source = source.expand(last - first, *source.shape[1:])
+        together = (last - first) // len(source)
+        if together > 1:  # the maps of an image, one below the other
+            grid = grid.view(len(source), -1, *grid.shape[2:])
+        part = sample(source, grid, *options)
+        if together > 1:
+            part = part.unflatten(2, (together, -1)).transpose(1, 2).flatten(0, 1)
+        if len(parts) == 1:
+            return part.to(input.dtype)
+        if output is None:
+            output = torch.empty((maps.count, input.shape[1], *size), dtype=input.dtype)
+        output[first:last, :, start:stop] = part
+    return output
+
+
+def warp_backward(
+    grad_output: Tensor, input: Tensor | None, parameters: Tensor, input_size: Sequence[int],
+    need_input: bool, need_parameters: bool, kind: str, mode: str, padding_mode: str, align_corners: bool,
+) -> tuple[Tensor | None, Tensor | None] | None:  # fmt: skip
+    """The gradients of input and parameters that are wanted, contiguous; or None."""
+    dtype, shape = compute_dtype(grad_output.dtype), (len(parameters), grad_output.shape[1], *input_size)
+    if input is None and not need_parameters:
+        input = grad_output.new_zeros(1).expand(shape)  # ATen reads it for the grid's gradient, which nobody takes
+    if input is None or input.shape != shape:
+        return None
+    maps = _Maps.of(parameters, shape, grad_output.shape[2:], dtype, kind, mode, align_corners)
+    if maps is None:
+        return None
+    back = torch.ops.aten.grid_sampler_2d_backward if maps.dims == 2 else torch.ops.aten.grid_sampler_3d_backward
+    options = _MODES[mode], _PADDINGS[padding_mode], align_corners, [need_input, need_parameters]
+
+    grad_input, grad_parameters = None, maps.zero_gradient() if need_parameters else None
+    parts = maps.parts(2, 2 * CHUNK_BYTES, beside=math.prod(shape[1:]) * dtype.itemsize, rows=not need_input)
+    for image, first, last, start, stop in parts:
+        source, grid, grad = input[image].to(dtype), maps.grid(first, last, start, stop), grad_output[first:last]
+        grad = grad[:, :, start:stop].to(dtype)
+        if len(source) == 1 and not need_input:
+            source = source.expand(last - first, *source.shape[1:])
+        together = (last - first) // len(source)
+        if together > 1:
+            grid = grid.view(len(source), -1, *grid.shape[2:])
+            grad = grad.unflatten(0, (-1, together)).transpose(1, 2).flatten(2, 3)
+        grad_image, grad_grid = back(grad, source, grid, *options)
+        if grad_parameters is not None:
+            of_maps = (last - first, -1, *grid.shape[2:])
+            maps.add_vjp(grad_parameters, grad_grid.view(of_maps), grid.view(of_maps), first, start, stop)
+        if not need_input:
+            continue
+        if len(parts) == 1:
+            grad_input = grad_image
+            continue
+        if grad_input is None:  # sums over an image's maps in 16 bits would lose
+            grad_input = torch.empty(shape, dtype=grad_output.dtype if parameters.shape[1] == 1 else dtype)
+        if first % parameters.shape[1] == 0:
+            grad_input[image] = grad_image
+        else:
+            grad_input[image] += grad_image
+    return (
+        None if grad_input is None else grad_input.to(grad_output.dtype),
+        None if grad_parameters is None else grad_parameters.view(parameters.shape).to(parameters.dtype),
+    )
+
+
+# --- the maps: which of them are served, their grids, and back ---------------------------------------
+
+_Part = tuple[slice, int, int, int, int]
+"""Images, and of their maps the first and the one after the last, and so for positions along the first axis."""
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """B = M * K maps of one size."""
+
+    parameters: Tensor
+    """(B, …), matrices in the dtype of the computation, fields in their own."""
+    per_image: int
+    kind: str
+    input_size: tuple[int, ...]
+    size: tuple[int, ...]
+    align_corners: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(
+        parameters: Tensor, shape: Sequence[int], size: Sequence[int], dtype: torch.dtype,
+        kind: str, mode: str, align_corners: bool,
+    ) -> _Maps | None:  # fmt: skip
+        """The maps, where they are served for images (M, C, *input_size) of a shape."""
+        dims = len(size)
+        if kind not in _KINDS or dims not in (2, 3) or (dims == 3 and mode == "bicubic"):
+            return None
+        if len(parameters) != shape[0] or 0 in (*shape, *size, parameters.shape[1]):
+            return None
+        flat = parameters.flatten(0, 1) if parameters.shape[1] > 1 else parameters[:, 0]
+        maps = _Maps(
+            flat.to(dtype) if kind in ("affine", "projective") else flat,
+            parameters.shape[1], kind, tuple(shape[2:]), tuple(size), align_corners, dtype,
+        )  # fmt: skip
+        return maps if maps._is_served(mode) else None
+
+    @property
+    def dims(self) -> int:
+        return len(self.size)
+
+    @property
+    def count(self) -> int:
+        return len(self.parameters)
+
+    def parts(self, copies: int, limit: int, beside: int, rows: bool = True) -> list[_Part]:
+        """The whole where so many copies of its grid take no more than limit bytes; else parts that do with what
+        a map, or image, needs beside. A part is some images with all their maps, some maps of an image, or rows of one.
+        """
+        each = copies * self.dims * math.prod(self.size) * self.dtype.itemsize
+        height, k = self.size[0], self.per_image
+        if each * self.count <= limit:
+            return [(slice(None), 0, self.count, 0, height)]
+        each += beside
+        step = limit // each
+        if step >= k:
+            starts = range(0, self.count, step // k * k)
+            ends = [min(start + starts.step, self.count) for start in starts]
+            return [(slice(a // k, b // k), a, b, 0, height) for a, b in zip(starts, ends, strict=True)]
+        step = max(1, step)
+        band = height if step > 1 or not rows else max(1, limit * height // each)
+        return [
+            (slice(image, image + 1), first, min(first + step, (image + 1) * k), start, min(start + band, height))
+            for image in range(self.count // k)
+            for first in range(image * k, (image + 1) * k, step)
+            for start in range(0, height, band)
+        ]
+
+    def grid(self, first: int, last: int, start: int, stop: int) -> Tensor:
+        """Where maps look from positions start to stop of the first axis: normalised, (B, stop - start, …, d)."""
+        part = self.parameters[first:last]
+        if self.kind not in ("affine", "projective"):
+            return self._field(part[:, start:stop], start, stop)
+        grid = self._outer_sum(part[:, : self.dims], start, stop)
+        if self.kind == "projective":
+            inverse = self._inverse(part, start, stop)
+            for axis in range(self.dims):
+                grid[..., axis].mul_(inverse)
+        return grid
+
+    def zero_gradient(self) -> Tensor:
+        return torch.zeros_like(self.parameters, dtype=self.dtype, memory_format=torch.contiguous_format)
+
+    def add_vjp(self, total: Tensor, grad: Tensor, grid: Tensor, first: int, start: int, stop: int) -> None:
+        """Add to, or fill, what the gradient of a grid is for the maps that made it."""
+        maps = slice(first, first + len(grad))
+        if self.kind == "pixel_displacement":
+            grad = (grad.flatten(-2) * self._per_pixel()).view(grad.shape)
+        if self.kind not in ("affine", "projective"):
+            total[maps, start:stop] = grad
+        elif self.kind == "affine":
+            total[maps] += self._outer_sum_vjp(grad, start, stop)
+        else:
+            inverse = self._inverse(self.parameters[maps], start, stop)
+            planes = [grad[..., axis] * inverse for axis in range(self.dims)]
+            last = planes[0] * grid[..., 0]
+            for axis in range(1, self.dims):
+                last.addcmul_(planes[axis], grid[..., axis])
+            total[maps] += self._outer_sum_vjp(torch.stack([*planes, last.neg_()], -1), start, stop)
+
+    def _outer_sum(self, theta: Tensor, start: int, stop: int) -> Tensor:
+        """(B, rows, d+1) times (x, y, 1) of each output pixel: (B, stop - start, …, rows)."""
+        columns, *others = self._ramps(start, stop)
+        theta = theta.mT.contiguous()  # (B, d+1, rows)
+        along = torch.addcmul(theta[:, -1:], theta[:, :1], columns[:, None])  # (B, W, rows)
+        across = theta[:, 1:2] * others[0][:, None]  # (B, H, rows)
+        if len(others) == 2:
+            across = (across[:, None] + (theta[:, 2:3] * others[1][:, None])[:, :, None]).flatten(1, 2)
+        shape = len(theta), *(len(o) for o in reversed(others)), len(columns), theta.shape[2]
+        if theta.shape[2] == 1:
+            return (along[:, None, :, 0] + across).view(shape)
+        if theta.shape[2] == 2:  # a pair is one number for the loop over memory
+            pairs = torch.view_as_complex(along)[:, None] + torch.view_as_complex(across)[:, :, None]
+            return torch.view_as_real(pairs).view(shape)
+        repeat = _repeated_identity(theta.shape[2], len(columns), self.dtype)
+        return torch.baddbmm(along.flatten(1)[:, None], across, repeat.expand(len(theta), -1, -1)).view(shape)
+
+    def _outer_sum_vjp(self, grad: Tensor, start: int, stop: int) -> Tensor:
+        columns, *others = self._ramps(start, stop)
+        if len(others) == 2:
+            y, z = others
+            basis = torch.stack([y.repeat(len(z)), z.repeat_interleave(len(y)), y.new_ones(len(y) * len(z))])
+        else:
+            basis = torch.stack([others[0], torch.ones_like(others[0])])
+        rows = grad.shape[-1]
+        sums = torch.matmul(basis, grad.reshape(len(grad), basis.shape[1], -1))  # (B, d, W * rows): over the rows
+        sums = sums.view(len(grad), self.dims, -1, rows).transpose(2, 3)
+        sums = sums @ torch.stack([columns, torch.ones_like(columns)], 1)  # (B, d, rows, 2)
+        return torch.cat([sums[:, -1, :, :1], sums[:, :, :, 1].mT], -1)
+
+    def _inverse(self, matrices: Tensor, start: int, stop: int) -> Tensor:
+        """A homography's divisor, inverted: (B, stop - start, …)."""
+        return self._outer_sum(matrices[:, self.dims :], start, stop).squeeze(-1).reciprocal_()
+
+    def _field(self, field: Tensor, start: int, stop: int) -> Tensor:
+        field = field.to(self.dtype)
+        if self.kind == "grid":
+            return field
+        identity = self._outer_sum(torch.eye(self.dims, self.dims + 1, dtype=self.dtype)[None], start, stop)
+        if self.kind == "displacement":
+            return identity + field
+        return torch.addcmul(identity.flatten(-2), field.flatten(-2), self._per_pixel()).view(field.shape)
+
+    def _per_pixel(self) -> Tensor:
+        """What a pixel of the input is in normalised units, for a row of a field: (W * d,)."""
+        units = [pixels_per_unit(n, self.align_corners) for n in reversed(self.input_size)]
+        return torch.tensor([1 / unit if unit else 0.0 for unit in units], dtype=self.dtype).repeat(self.size[-1])
+
+    def _ramps(self, start: int, stop: int) -> list[Tensor]:
+        """Normalised positions of output pixels along each axis, x first; of the last one, the part."""
+        ramps = [_ramp(n, self.align_corners, self.dtype) for n in reversed(self.size)]
+        return [*ramps[:-1], ramps[-1][start:stop]]
+
+    # What is served, by the numbers of the maps.
+
+    def _is_served(self, mode: str) -> bool:
+        low, high = (float(bound) for bound in torch.aminmax(self.parameters))
+        if not (-FAR < low and high < FAR):  # nor NaN
+            return False
+        if self.kind == "grid":
+            return True
+        if self.kind in ("displacement", "pixel_displacement"):
+            return not self._field_has_ties()
+        matrices = self.parameters
+        if self.kind == "projective":
+            *slopes, middle = matrices[:, -1].unbind(-1)
+            nearest = middle - sum((slope.abs() for slope in slopes), torch.zeros(()))
+            if not float(nearest.amin()) > 1e-3 * max(-low, high):
+                return False
+            matrices = matrices[:, :-1] / middle[:, None, None]
+        return not self._has_ties(matrices, mode)
+
+    def _field_has_ties(self) -> bool:
+        """Whether much of a field moves nothing, or moves by whole pixels."""
+        field = self.parameters
+        still = field == (field.round() if self.kind == "pixel_displacement" else 0)
+        return int(still.count_nonzero()) * 32 > still.numel()
+
+    def _has_ties(self, matrices: Tensor, mode: str) -> bool:
+        """Whether a map (B, d, d+1) may send many output pixels to a place where convention picks the side.
+
+        That takes steps of halves of a pixel, or of nothing along all axes but one.
+        """
+        steps = matrices[:, :, :-1] * _steps(self.input_size, self.size, self.align_corners, self.dtype)
+        halves = steps * 2
+        suspect = (halves - halves.round()).abs() <= 2.0**-20
+        if not bool(suspect.any()):
+            return False
+        still = steps.abs() <= 2.0**-20
+        along_one = still.sum(-1) >= self.dims - 1
+        if bool((suspect & ~still & ~along_one[:, :, None]).any()):
+            return True
+        # One row of pixels tells: all others look at the same places.
+        for axis, n in enumerate(reversed(self.input_size)):
+            unit = pixels_per_unit(n, self.align_corners)
+            middle = matrices[:, axis, -1:] * unit + (n - 1) / 2 + (0.5 if mode == "nearest" else 0.0)
+            for other, m in enumerate(reversed(self.size)):
+                u = torch.arange(m, dtype=self.dtype) - (m - 1) / 2
+                x = torch.addcmul(middle, steps[:, axis, other, None], u)
+                tied = ((x - x.round()).abs() <= 2.0**-22 * n).sum(-1)
+                if bool((along_one[:, axis] & ~still[:, axis, other] & (tied > 1 + m // 32)).any()):
+                    return True
+        return False
+
+
+@functools.lru_cache(64)
+def _ramp(size: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
+    unit = pixels_per_unit(size, align_corners)
+    return (torch.arange(size, dtype=dtype, device="cpu") - (size - 1) / 2) * (1 / unit if unit else 0.0)
+
+
+@functools.lru_cache(64)
+def _steps(input_size: tuple[int, ...], size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """Pixels of the input for one of the output, (d, d) x first, where the matrix says 1."""
+    source = [pixels_per_unit(n, align_corners) for n in reversed(input_size)]
+    target = [pixels_per_unit(n, align_corners) for n in reversed(size)]
+    return torch.tensor([[s / t if t else 0.0 for t in target] for s in source], dtype=dtype, device="cpu")
+
+
+@functools.lru_cache(64)
+def _repeated_identity(size: int, times: int, dtype: torch.dtype) -> Tensor:
+    return torch.eye(size, dtype=dtype, device="cpu").repeat(1, times)
