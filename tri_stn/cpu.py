@@ -58,7 +58,7 @@ def warp(
             source = source.expand(last - first, *source.shape[1:])
         together = (last - first) // len(source)
         if together > 1:  # the maps of an image, one below the other
-            grid = grid.view(len(source), -1, *grid.shape[2:])
+            grid = grid.reshape(len(source), -1, *grid.shape[2:])
         part = sample(source, grid, *options)
         if together > 1:
             part = part.unflatten(2, (together, -1)).transpose(1, 2).flatten(0, 1)
@@ -86,7 +86,7 @@ def warp_backward(
     back = torch.ops.aten.grid_sampler_2d_backward if maps.dims == 2 else torch.ops.aten.grid_sampler_3d_backward
     options = _MODES[mode], _PADDINGS[padding_mode], align_corners, [need_input, need_parameters]
 
-    grad_input, grad_parameters = None, maps.zero_gradient() if need_parameters else None
+    grad_input = grad_parameters = None
     parts = maps.parts(2, 2 * CHUNK_BYTES, beside=math.prod(shape[1:]) * dtype.itemsize, rows=not need_input)
     for image, first, last, start, stop in parts:
         source, grid, grad = input[image].to(dtype), maps.grid(first, last, start, stop), grad_output[first:last]
@@ -95,26 +95,28 @@ def warp_backward(
             source = source.expand(last - first, *source.shape[1:])
         together = (last - first) // len(source)
         if together > 1:
-            grid = grid.view(len(source), -1, *grid.shape[2:])
+            grid = grid.reshape(len(source), -1, *grid.shape[2:])
             grad = grad.unflatten(0, (-1, together)).transpose(1, 2).flatten(2, 3)
         grad_image, grad_grid = back(grad, source, grid, *options)
-        if grad_parameters is not None:
-            of_maps = (last - first, -1, *grid.shape[2:])
-            maps.add_vjp(grad_parameters, grad_grid.view(of_maps), grid.view(of_maps), first, start, stop)
-        if not need_input:
-            continue
+        if need_parameters:
+            shape_of_maps = last - first, stop - start, *grid.shape[2:]
+            change = maps.grid_vjp(grad_grid.view(shape_of_maps), grid.reshape(shape_of_maps), first, start, stop)
+            if len(parts) == 1:
+                grad_parameters = change
+            else:
+                grad_parameters = maps.add_part(grad_parameters, change, first, start, stop)
         if len(parts) == 1:
             grad_input = grad_image
-            continue
-        if grad_input is None:  # sums over an image's maps in 16 bits would lose
-            grad_input = torch.empty(shape, dtype=grad_output.dtype if parameters.shape[1] == 1 else dtype)
-        if first % parameters.shape[1] == 0:
-            grad_input[image] = grad_image
-        else:
-            grad_input[image] += grad_image
+        elif need_input:
+            if grad_input is None:  # sums over an image's maps in 16 bits would lose
+                grad_input = torch.empty(shape, dtype=grad_output.dtype if parameters.shape[1] == 1 else dtype)
+            if first % parameters.shape[1] == 0:
+                grad_input[image] = grad_image
+            else:
+                grad_input[image] += grad_image
     return (
-        None if grad_input is None else grad_input.to(grad_output.dtype),
-        None if grad_parameters is None else grad_parameters.view(parameters.shape).to(parameters.dtype),
+        grad_input.to(grad_output.dtype) if need_input else None,
+        grad_parameters.view(parameters.shape).to(parameters.dtype) if need_parameters else None,
     )
 
 
@@ -198,55 +200,60 @@ class _Maps:
                 grid[..., axis].mul_(inverse)
         return grid
 
-    def zero_gradient(self) -> Tensor:
-        return torch.zeros_like(self.parameters, dtype=self.dtype, memory_format=torch.contiguous_format)
-
-    def add_vjp(self, total: Tensor, grad: Tensor, grid: Tensor, first: int, start: int, stop: int) -> None:
-        """Add to, or fill, what the gradient of a grid is for the maps that made it."""
-        maps = slice(first, first + len(grad))
+    def grid_vjp(self, grad: Tensor, grid: Tensor, first: int, start: int, stop: int) -> Tensor:
+        """The gradient of a grid → that of the maps that made it, from the first one on, or of their part."""
+        if self.kind == "affine":
+            return self._outer_sum_vjp(grad, start, stop)
         if self.kind == "pixel_displacement":
-            grad = (grad.flatten(-2) * self._per_pixel()).view(grad.shape)
-        if self.kind not in ("affine", "projective"):
-            total[maps, start:stop] = grad
-        elif self.kind == "affine":
-            total[maps] += self._outer_sum_vjp(grad, start, stop)
+            return (grad.flatten(-2) * self._per_pixel()).view(grad.shape)
+        if self.kind != "projective":
+            return grad
+        inverse = self._inverse(self.parameters[first : first + len(grad)], start, stop)
+        rows = [grad[..., axis] * inverse for axis in range(self.dims)]
+        last = rows[0] * grid[..., 0]
+        for axis in range(1, self.dims):
+            last.addcmul_(rows[axis], grid[..., axis])
+        return self._outer_sum_vjp(torch.stack([*rows, last.neg_()], -1), start, stop)
+
+    def add_part(self, total: Tensor | None, change: Tensor, first: int, start: int, stop: int) -> Tensor:
+        if total is None:
+            total = torch.zeros(self.parameters.shape, dtype=self.dtype)
+        maps = total[first : first + len(change)]
+        if self.kind in ("affine", "projective"):
+            maps += change
         else:
-            inverse = self._inverse(self.parameters[maps], start, stop)
-            planes = [grad[..., axis] * inverse for axis in range(self.dims)]
-            last = planes[0] * grid[..., 0]
-            for axis in range(1, self.dims):
-                last.addcmul_(planes[axis], grid[..., axis])
-            total[maps] += self._outer_sum_vjp(torch.stack([*planes, last.neg_()], -1), start, stop)
+            maps[:, start:stop] = change
+        return total
 
     def _outer_sum(self, theta: Tensor, start: int, stop: int) -> Tensor:
         """(B, rows, d+1) times (x, y, 1) of each output pixel: (B, stop - start, …, rows)."""
-        columns, *others = self._ramps(start, stop)
-        theta = theta.mT.contiguous()  # (B, d+1, rows)
-        along = torch.addcmul(theta[:, -1:], theta[:, :1], columns[:, None])  # (B, W, rows)
-        across = theta[:, 1:2] * others[0][:, None]  # (B, H, rows)
-        if len(others) == 2:
-            across = (across[:, None] + (theta[:, 2:3] * others[1][:, None])[:, :, None]).flatten(1, 2)
-        shape = len(theta), *(len(o) for o in reversed(others)), len(columns), theta.shape[2]
-        if theta.shape[2] == 1:
-            return (along[:, None, :, 0] + across).view(shape)
-        if theta.shape[2] == 2:  # a pair is one number for the loop over memory
-            pairs = torch.view_as_complex(along)[:, None] + torch.view_as_complex(across)[:, :, None]
-            return torch.view_as_real(pairs).view(shape)
-        repeat = _repeated_identity(theta.shape[2], len(columns), self.dtype)
-        return torch.baddbmm(along.flatten(1)[:, None], across, repeat.expand(len(theta), -1, -1)).view(shape)
+        width, rows = self.size[-1], theta.shape[1]
+        terms = self._basis(start, stop) @ theta.mT  # (B, W + R, rows)
+        shape = len(theta), stop - start, *self.size[1:], rows
+        if rows == 1:
+            return (terms[:, None, :width, 0] + terms[:, width:]).view(shape)
+        if rows == 2:  # a pair is one number for the loop over memory
+            pairs = torch.view_as_complex(terms)
+            return torch.view_as_real(pairs[:, None, :width] + pairs[:, width:, None]).view(shape)
+        along = terms[:, :width].reshape(len(theta), 1, -1)
+        repeat = _repeated_identity(rows, width, self.dtype).expand(len(theta), -1, -1)
+        return torch.baddbmm(along, terms[:, width:], repeat).view(shape)
 
     def _outer_sum_vjp(self, grad: Tensor, start: int, stop: int) -> Tensor:
-        columns, *others = self._ramps(start, stop)
-        if len(others) == 2:
-            y, z = others
-            basis = torch.stack([y.repeat(len(z)), z.repeat_interleave(len(y)), y.new_ones(len(y) * len(z))])
-        else:
-            basis = torch.stack([others[0], torch.ones_like(others[0])])
-        rows = grad.shape[-1]
-        sums = torch.matmul(basis, grad.reshape(len(grad), basis.shape[1], -1))  # (B, d, W * rows): over the rows
-        sums = sums.view(len(grad), self.dims, -1, rows).transpose(2, 3)
-        sums = sums @ torch.stack([columns, torch.ones_like(columns)], 1)  # (B, d, rows, 2)
-        return torch.cat([sums[:, -1, :, :1], sums[:, :, :, 1].mT], -1)
+        width, rows = self.size[-1], grad.shape[-1]
+        across = self._basis(start, stop)[width:, 1:].mT.clone()  # (d, R)
+        across[-1] = 1
+        sums = across @ grad.reshape(len(grad), -1, width * rows)  # (B, d, W * rows): over the rows of the output
+        columns, chosen = _column_sums(self.size, rows, self.align_corners, self.dtype)
+        return (sums.view(-1, width * rows) @ columns).view(len(grad), -1)[:, chosen].view(len(grad), rows, -1)
+
+    def _basis(self, start: int, stop: int) -> Tensor:
+        """What θ is multiplied by along x and along the other axes, of which the last one is a part: (W + R, d+1)."""
+        basis = _basis(self.size, self.align_corners, self.dtype)
+        if (start, stop) == (0, self.size[0]):
+            return basis
+        columns, row = self.size[-1], math.prod(self.size[1:-1])
+        return torch.cat([basis[:columns], basis[columns + start * row : columns + stop * row]])
 
     def _inverse(self, matrices: Tensor, start: int, stop: int) -> Tensor:
         """A homography's divisor, inverted: (B, stop - start, …)."""
@@ -266,15 +273,10 @@ class _Maps:
         units = [pixels_per_unit(n, self.align_corners) for n in reversed(self.input_size)]
         return torch.tensor([1 / unit if unit else 0.0 for unit in units], dtype=self.dtype).repeat(self.size[-1])
 
-    def _ramps(self, start: int, stop: int) -> list[Tensor]:
-        """Normalised positions of output pixels along each axis, x first; of the last one, the part."""
-        ramps = [_ramp(n, self.align_corners, self.dtype) for n in reversed(self.size)]
-        return [*ramps[:-1], ramps[-1][start:stop]]
-
     # What is served, by the numbers of the maps.
 
     def _is_served(self, mode: str) -> bool:
-        low, high = (float(bound) for bound in torch.aminmax(self.parameters))
+        low, high = (bound.item() for bound in torch.aminmax(self.parameters))
         if not (-FAR < low and high < FAR):  # nor NaN
             return False
         if self.kind == "grid":
@@ -303,9 +305,10 @@ class _Maps:
         """
         steps = matrices[:, :, :-1] * _steps(self.input_size, self.size, self.align_corners, self.dtype)
         halves = steps * 2
-        suspect = (halves - halves.round()).abs() <= 2.0**-20
-        if not bool(suspect.any()):
+        away = halves.sub_(halves.round())
+        if torch.linalg.vector_norm(away, -math.inf).item() > 2.0**-20:  # the least: so it is for nearly all maps
             return False
+        suspect = away.abs() <= 2.0**-20
         still = steps.abs() <= 2.0**-20
         along_one = still.sum(-1) >= self.dims - 1
         if bool((suspect & ~still & ~along_one[:, :, None]).any()):
@@ -323,8 +326,33 @@ class _Maps:
         return False
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(16)
+def _basis(size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """(x, 0, 0, 1) for each column and (0, y, z, 0) for each row of an output, normalised: (W + R, d+1)."""
+    columns, *others = (_ramp(n, align_corners, dtype) for n in reversed(size))
+    basis = torch.zeros(len(columns) + math.prod(size[:-1]), len(size) + 1, dtype=dtype, device="cpu")
+    basis[: len(columns), 0], basis[: len(columns), -1] = columns, 1
+    rows = basis[len(columns) :].view(*size[:-1], -1)
+    for axis, along in enumerate(others, start=1):
+        rows[..., axis] = along.view(-1, *[1] * (axis - 1))
+    return basis
+
+
+@functools.lru_cache(16)
+def _column_sums(size: tuple[int, ...], rows: int, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A matrix (W * rows, rows * 2) that sums columns times x, and columns, for each row of θ; and which of what it
+    gives for sums over the output's rows, (d, rows, 2) with that of ones last, are θ's: (rows * (d+1),).
+    """
+    columns, dims = _ramp(size[-1], align_corners, dtype), len(size)
+    weights = torch.stack([columns, torch.ones_like(columns)], -1)  # (W, 2)
+    matrix = torch.eye(rows, dtype=dtype, device="cpu")[None, :, :, None] * weights[:, None, None]
+    place = torch.arange(dims * rows * 2, device="cpu").view(dims, rows, 2)
+    chosen = torch.cat([place[-1, :, :1], place[:, :, 1].mT], -1)
+    return matrix.reshape(-1, rows * 2), chosen.flatten()
+
+
 def _ramp(size: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """Normalised positions of output pixels along an axis."""
     unit = pixels_per_unit(size, align_corners)
     return (torch.arange(size, dtype=dtype, device="cpu") - (size - 1) / 2) * (1 / unit if unit else 0.0)
 
