@@ -190,14 +190,14 @@ class _Maps:
 
     def grid(self, first: int, last: int, start: int, stop: int) -> Tensor:
         """Where maps look from positions start to stop of the first axis: normalised, (B, stop - start, …, d)."""
-        part = self.parameters[first:last]
-        if self.kind not in ("affine", "projective"):
+        part = self.parameters if last - first == self.count else self.parameters[first:last]
+        if self.kind == "affine":
+            return self._outer_sum(part, start, stop)
+        if self.kind != "projective":
             return self._field(part[:, start:stop], start, stop)
-        grid = self._outer_sum(part[:, : self.dims], start, stop)
-        if self.kind == "projective":
-            inverse = self._inverse(part, start, stop)
-            for axis in range(self.dims):
-                grid[..., axis].mul_(inverse)
+        grid, inverse = self._outer_sum(part[:, : self.dims], start, stop), self._inverse(part, start, stop)
+        for axis in range(self.dims):
+            grid[..., axis].mul_(inverse)
         return grid
 
     def grid_vjp(self, grad: Tensor, grid: Tensor, first: int, start: int, stop: int) -> Tensor:
@@ -228,32 +228,29 @@ class _Maps:
     def _outer_sum(self, theta: Tensor, start: int, stop: int) -> Tensor:
         """(B, rows, d+1) times (x, y, 1) of each output pixel: (B, stop - start, …, rows)."""
         width, rows = self.size[-1], theta.shape[1]
-        terms = self._basis(start, stop) @ theta.mT  # (B, W + R, rows)
+        basis = _basis(self.size, self.align_corners, self.dtype)
+        # Made whole for every part, so that the backward, whose parts are others, looks at the same places to the bit.
+        along, across = (basis.expand(len(theta), -1, -1) @ theta.mT).split([width, len(basis) - width], 1)
+        if stop - start < self.size[0]:
+            row = math.prod(self.size[1:-1])
+            across = across[:, start * row : stop * row]
         shape = len(theta), stop - start, *self.size[1:], rows
         if rows == 1:
-            return (terms[:, None, :width, 0] + terms[:, width:]).view(shape)
+            return (along.mT + across).view(shape)
         if rows == 2:  # a pair is one number for the loop over memory
-            pairs = torch.view_as_complex(terms)
-            return torch.view_as_real(pairs[:, None, :width] + pairs[:, width:, None]).view(shape)
-        along = terms[:, :width].reshape(len(theta), 1, -1)
+            pairs = torch.view_as_complex(along).unsqueeze(1) + torch.view_as_complex(across).unsqueeze(2)
+            return torch.view_as_real(pairs).view(shape)
         repeat = _repeated_identity(rows, width, self.dtype).expand(len(theta), -1, -1)
-        return torch.baddbmm(along, terms[:, width:], repeat).view(shape)
+        return torch.baddbmm(along.reshape(len(theta), 1, -1), across, repeat).view(shape)
 
     def _outer_sum_vjp(self, grad: Tensor, start: int, stop: int) -> Tensor:
-        width, rows = self.size[-1], grad.shape[-1]
-        across = self._basis(start, stop)[width:, 1:].mT.clone()  # (d, R)
-        across[-1] = 1
-        sums = across @ grad.reshape(len(grad), -1, width * rows)  # (B, d, W * rows): over the rows of the output
-        columns, chosen = _column_sums(self.size, rows, self.align_corners, self.dtype)
-        return (sums.view(-1, width * rows) @ columns).view(len(grad), -1)[:, chosen].view(len(grad), rows, -1)
-
-    def _basis(self, start: int, stop: int) -> Tensor:
-        """What θ is multiplied by along x and along the other axes, of which the last one is a part: (W + R, d+1)."""
-        basis = _basis(self.size, self.align_corners, self.dtype)
-        if (start, stop) == (0, self.size[0]):
-            return basis
-        columns, row = self.size[-1], math.prod(self.size[1:-1])
-        return torch.cat([basis[:columns], basis[columns + start * row : columns + stop * row]])
+        width, rows, row = self.size[-1], grad.shape[-1], math.prod(self.size[1:-1])
+        across, columns, chosen = _sums(self.size, rows, self.align_corners, self.dtype)
+        if stop - start < self.size[0]:
+            across = across[:, start * row : stop * row]
+        sums = across.expand(len(grad), -1, -1) @ grad.reshape(len(grad), -1, width * rows)  # (B, d, W * rows)
+        sums = sums.view(-1, width * rows) @ columns
+        return sums.view(len(grad), -1).index_select(1, chosen).view(len(grad), rows, -1)
 
     def _inverse(self, matrices: Tensor, start: int, stop: int) -> Tensor:
         """A homography's divisor, inverted: (B, stop - start, …)."""
@@ -276,8 +273,12 @@ class _Maps:
     # What is served, by the numbers of the maps.
 
     def _is_served(self, mode: str) -> bool:
-        low, high = (bound.item() for bound in torch.aminmax(self.parameters))
-        if not (-FAR < low and high < FAR):  # nor NaN
+        if self.kind in ("affine", "projective"):
+            largest = torch.linalg.vector_norm(self.parameters, math.inf).item()
+        else:  # vectorised, where the norm is not
+            low, high = torch.aminmax(self.parameters)
+            largest = max(-low.item(), high.item()) if low.item() == low.item() else math.nan
+        if not largest < FAR:  # nor NaN
             return False
         if self.kind == "grid":
             return True
@@ -287,7 +288,7 @@ class _Maps:
         if self.kind == "projective":
             *slopes, middle = matrices[:, -1].unbind(-1)
             nearest = middle - sum((slope.abs() for slope in slopes), torch.zeros(()))
-            if not float(nearest.amin()) > 1e-3 * max(-low, high):
+            if not float(nearest.amin()) > 1e-3 * largest:
                 return False
             matrices = matrices[:, :-1] / middle[:, None, None]
         return not self._has_ties(matrices, mode)
@@ -303,11 +304,11 @@ class _Maps:
 
         That takes steps of halves of a pixel, or of nothing along all axes but one.
         """
-        steps = matrices[:, :, :-1] * _steps(self.input_size, self.size, self.align_corners, self.dtype)
-        halves = steps * 2
-        away = halves.sub_(halves.round())
+        halves = matrices[:, :, :-1] * _half_steps(self.input_size, self.size, self.align_corners, self.dtype)
+        away = halves - halves.round()
         if torch.linalg.vector_norm(away, -math.inf).item() > 2.0**-20:  # the least: so it is for nearly all maps
             return False
+        steps = halves / 2
         suspect = away.abs() <= 2.0**-20
         still = steps.abs() <= 2.0**-20
         along_one = still.sum(-1) >= self.dims - 1
@@ -339,16 +340,19 @@ def _basis(size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Te
 
 
 @functools.lru_cache(16)
-def _column_sums(size: tuple[int, ...], rows: int, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A matrix (W * rows, rows * 2) that sums columns times x, and columns, for each row of θ; and which of what it
-    gives for sums over the output's rows, (d, rows, 2) with that of ones last, are θ's: (rows * (d+1),).
+def _sums(size: tuple[int, ...], rows: int, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices for sums over an output's rows, times y, z and 1, (d, R), and then over its columns, times x and 1, for
+    each row of θ, (W * rows, rows * 2); and which of the results, (d, rows, 2), are θ's: (rows * (d+1),).
     """
-    columns, dims = _ramp(size[-1], align_corners, dtype), len(size)
-    weights = torch.stack([columns, torch.ones_like(columns)], -1)  # (W, 2)
-    matrix = torch.eye(rows, dtype=dtype, device="cpu")[None, :, :, None] * weights[:, None, None]
+    width, dims = size[-1], len(size)
+    across = _basis(size, align_corners, dtype)[width:, 1:].mT.clone()
+    across[-1] = 1
+    columns = _ramp(width, align_corners, dtype)
+    columns = torch.stack([columns, torch.ones_like(columns)], -1)[:, None, None]
+    columns = torch.eye(rows, dtype=dtype, device="cpu")[:, :, None] * columns  # (W, rows, rows, 2)
     place = torch.arange(dims * rows * 2, device="cpu").view(dims, rows, 2)
     chosen = torch.cat([place[-1, :, :1], place[:, :, 1].mT], -1)
-    return matrix.reshape(-1, rows * 2), chosen.flatten()
+    return across, columns.reshape(-1, rows * 2), chosen.flatten()
 
 
 def _ramp(size: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
@@ -358,11 +362,11 @@ def _ramp(size: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(64)
-def _steps(input_size: tuple[int, ...], size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Tensor:
-    """Pixels of the input for one of the output, (d, d) x first, where the matrix says 1."""
+def _half_steps(input_size: tuple[int, ...], size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """Half pixels of the input for a pixel of the output, (d, d) x first, where the matrix says 1."""
     source = [pixels_per_unit(n, align_corners) for n in reversed(input_size)]
     target = [pixels_per_unit(n, align_corners) for n in reversed(size)]
-    return torch.tensor([[s / t if t else 0.0 for t in target] for s in source], dtype=dtype, device="cpu")
+    return torch.tensor([[2 * s / t if t else 0.0 for t in target] for s in source], dtype=dtype, device="cpu")
 
 
 @functools.lru_cache(64)
