@@ -42,15 +42,17 @@ _KINDS = ("affine", "projective", "grid", "displacement", "pixel_displacement")
 
 
 def warp(
-    input: Tensor, parameters: Tensor, size: Sequence[int], kind: str, mode: str, padding_mode: str, align_corners: bool
-) -> Tensor | None:
-    """Input (M, C, *input_size) read through parameters (M, K, …): a new (M * K, C, *size), contiguous; or None."""
+    input: Tensor, parameters: Tensor, size: Sequence[int], layout: torch.memory_format,
+    kind: str, mode: str, padding_mode: str, align_corners: bool,
+) -> Tensor | None:  # fmt: skip
+    """Input (M, C, *input_size) read through parameters (M, K, …): a new (M * K, C, *size) in a layout; or None."""
     maps = _Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, align_corners)
     if maps is None:
         return None
-    sample = torch.ops.aten.grid_sampler_2d if maps.dims == 2 else torch.ops.aten.grid_sampler_3d
+    sample = torch.grid_sampler_2d if maps.dims == 2 else torch.grid_sampler_3d
     options = _MODES[mode], _PADDINGS[padding_mode], align_corners
-    parts = maps.parts(1, CHUNK_BYTES, beside=input.shape[1] * math.prod(size) * maps.dtype.itemsize)
+    copied = layout != torch.contiguous_format or input.dtype != maps.dtype
+    parts = maps.parts(1, input.shape[1] * math.prod(size) * maps.dtype.itemsize, copied)
     output = None
     for image, first, last, start, stop in parts:
         source, grid = input[image].to(maps.dtype), maps.grid(first, last, start, stop)
@@ -63,18 +65,19 @@ def warp(
         if together > 1:
             part = part.unflatten(2, (together, -1)).transpose(1, 2).flatten(0, 1)
         if len(parts) == 1:
-            return part.to(input.dtype)
+            return part.to(input.dtype, memory_format=layout)
         if output is None:
-            output = torch.empty((maps.count, input.shape[1], *size), dtype=input.dtype)
+            output = torch.empty((maps.count, input.shape[1], *size), dtype=input.dtype, memory_format=layout)
         output[first:last, :, start:stop] = part
     return output
 
 
 def warp_backward(
-    grad_output: Tensor, input: Tensor | None, parameters: Tensor, input_size: Sequence[int],
+    grad_output: Tensor, input: Tensor | None, parameters: Tensor,
+    input_size: Sequence[int], layout: torch.memory_format,
     need_input: bool, need_parameters: bool, kind: str, mode: str, padding_mode: str, align_corners: bool,
 ) -> tuple[Tensor | None, Tensor | None] | None:  # fmt: skip
-    """The gradients of input and parameters that are wanted, contiguous; or None."""
+    """The gradients of input and parameters that are wanted, the former in a layout; or None."""
     dtype, shape = compute_dtype(grad_output.dtype), (len(parameters), grad_output.shape[1], *input_size)
     if input is None and not need_parameters:
         input = grad_output.new_zeros(1).expand(shape)  # ATen reads it for the grid's gradient, which nobody takes
@@ -86,8 +89,10 @@ def warp_backward(
     back = torch.ops.aten.grid_sampler_2d_backward if maps.dims == 2 else torch.ops.aten.grid_sampler_3d_backward
     options = _MODES[mode], _PADDINGS[padding_mode], align_corners, [need_input, need_parameters]
 
-    grad_input = grad_parameters = None
-    parts = maps.parts(2, 2 * CHUNK_BYTES, beside=math.prod(shape[1:]) * dtype.itemsize, rows=not need_input)
+    grad_input: Tensor | None = None
+    grad_parameters: Tensor | None = None
+    copied = need_input and (layout != torch.contiguous_format or grad_output.dtype != dtype)
+    parts = maps.parts(2, math.prod(shape[1:]) * dtype.itemsize, copied, rows=not need_input)
     for image, first, last, start, stop in parts:
         source, grid, grad = input[image].to(dtype), maps.grid(first, last, start, stop), grad_output[first:last]
         grad = grad[:, :, start:stop].to(dtype)
@@ -109,14 +114,15 @@ def warp_backward(
             grad_input = grad_image
         elif need_input:
             if grad_input is None:  # sums over an image's maps in 16 bits would lose
-                grad_input = torch.empty(shape, dtype=grad_output.dtype if parameters.shape[1] == 1 else dtype)
+                sums = grad_output.dtype if parameters.shape[1] == 1 else dtype
+                grad_input = torch.empty(shape, dtype=sums, memory_format=layout)
             if first % parameters.shape[1] == 0:
                 grad_input[image] = grad_image
             else:
                 grad_input[image] += grad_image
     return (
-        grad_input.to(grad_output.dtype) if need_input else None,
-        grad_parameters.view(parameters.shape).to(parameters.dtype) if need_parameters else None,
+        grad_input.to(grad_output.dtype, memory_format=layout) if need_input and grad_input is not None else None,
+        grad_parameters.view(parameters.shape).to(parameters.dtype) if grad_parameters is not None else None,
     )
 
 
@@ -165,13 +171,18 @@ class _Maps:
     def count(self) -> int:
         return len(self.parameters)
 
-    def parts(self, copies: int, limit: int, beside: int, rows: bool = True) -> list[_Part]:
-        """The whole where so many copies of its grid take no more than limit bytes; else parts that do with what
-        a map, or image, needs beside. A part is some images with all their maps, some maps of an image, or rows of one.
+    def parts(self, grids: int, beside: int, copied: bool, rows: bool = True) -> list[_Part]:
+        """The whole where so many grids, one or with its gradient two, are small; else parts for which they are, with
+        what a map or image needs `beside`, which counts for the whole too if it is `copied`. A part is some images
+        with all their maps, some maps of an image, or, if wanted, rows of one.
         """
-        each = copies * self.dims * math.prod(self.size) * self.dtype.itemsize
-        height, k = self.size[0], self.per_image
-        if each * self.count <= limit:
+        limit, height, k = grids * CHUNK_BYTES, self.size[0], self.per_image
+        if self.kind == "grid" and self.parameters.dtype == self.dtype:
+            grids = 0  # there is one, and its gradient is a result
+        elif self.kind not in ("affine", "projective"):
+            grids = 1
+        each = grids * self.dims * math.prod(self.size) * self.dtype.itemsize
+        if (each + copied * beside) * self.count <= limit:
             return [(slice(None), 0, self.count, 0, height)]
         each += beside
         step = limit // each
@@ -230,7 +241,7 @@ class _Maps:
         width, rows = self.size[-1], theta.shape[1]
         basis = _basis(self.size, self.align_corners, self.dtype)
         # Made whole for every part, so that the backward, whose parts are others, looks at the same places to the bit.
-        along, across = (basis.expand(len(theta), -1, -1) @ theta.mT).split([width, len(basis) - width], 1)
+        along, across = torch.bmm(basis.expand(len(theta), -1, -1), theta.mT).split([width, len(basis) - width], 1)
         if stop - start < self.size[0]:
             row = math.prod(self.size[1:-1])
             across = across[:, start * row : stop * row]
@@ -248,7 +259,9 @@ class _Maps:
         across, columns, chosen = _sums(self.size, rows, self.align_corners, self.dtype)
         if stop - start < self.size[0]:
             across = across[:, start * row : stop * row]
-        sums = across.expand(len(grad), -1, -1) @ grad.reshape(len(grad), -1, width * rows)  # (B, d, W * rows)
+        sums = torch.bmm(
+            across.expand(len(grad), -1, -1), grad.reshape(len(grad), -1, width * rows)
+        )  # (B, d, W * rows)
         sums = sums.view(-1, width * rows) @ columns
         return sums.view(len(grad), -1).index_select(1, chosen).view(len(grad), rows, -1)
 
@@ -275,7 +288,9 @@ class _Maps:
     def _is_served(self, mode: str) -> bool:
         if self.kind in ("affine", "projective"):
             largest = torch.linalg.vector_norm(self.parameters, math.inf).item()
-        else:  # vectorised, where the norm is not
+        elif self._is_small():
+            largest = 0.0
+        else:
             low, high = torch.aminmax(self.parameters)
             largest = max(-low.item(), high.item()) if low.item() == low.item() else math.nan
         if not largest < FAR:  # nor NaN
@@ -293,10 +308,18 @@ class _Maps:
             matrices = matrices[:, :-1] / middle[:, None, None]
         return not self._has_ties(matrices, mode)
 
-    def _field_has_ties(self) -> bool:
-        """Whether much of a field moves nothing, or moves by whole pixels."""
+    def _is_small(self) -> bool:
+        """Whether the sum of squares shows that a field's numbers are finite and near: the fastest pass there is."""
         field = self.parameters
-        still = field == (field.round() if self.kind == "pixel_displacement" else 0)
+        if not field.is_contiguous() or field.dtype != self.dtype:
+            return False
+        return torch.dot(field.view(-1), field.view(-1)).item() < FAR**2 / 2  # False for NaN
+
+    def _field_has_ties(self) -> bool:
+        """Whether much of a field moves nothing, or moves by whole pixels: some of its numbers tell."""
+        some = self.parameters.flatten(1, -2)
+        some = some[:, :: some.shape[1] * len(some) // 1024 + 1]
+        still = some == (some.round() if self.kind == "pixel_displacement" else 0)
         return int(still.count_nonzero()) * 32 > still.numel()
 
     def _has_ties(self, matrices: Tensor, mode: str) -> bool:

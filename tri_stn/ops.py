@@ -76,9 +76,10 @@ def _warp_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = (input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
     if _is_plain(input, *tensors[2:], *options) and not project and not return_mask:
-        plain = cpu.warp(input, parameters, size, *options[:-1])
+        output_layout = _CHANNELS_LAST[input.dim()] if is_channels_last(input) else torch.contiguous_format
+        plain = cpu.warp(input, parameters, size, output_layout, *options[:-1])
         if plain is not None:
-            return _laid_out(plain, is_channels_last(input)), input.new_empty(0)
+            return plain, input.new_empty(0)
     output, mask = _allocate_output(*tensors, size, project, return_mask)
     if output.numel():
         with torch.cuda.device_of(input):  # where Triton launches; for CPU tensors it does nothing
@@ -135,11 +136,17 @@ def _warp_backward(
     tensors = (grad_output, input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
     needs = (need_input, need_parameters, need_auxiliary)
     if _is_plain(grad_output, *tensors[3:], *options):
-        plain = cpu.warp_backward(grad_output, input, parameters, input_size, *needs[:2], *options[:-1])
-        if plain is not None:
-            empty = parameters.new_empty(0)
-            grad_input = grad_output.new_empty(0) if plain[0] is None else _laid_out(plain[0], channels_last)
-            return grad_input, empty if plain[1] is None else plain[1], parameters.new_empty(0)
+        layout = _CHANNELS_LAST[grad_output.dim()] if need_input and channels_last else torch.contiguous_format
+        plain_gradients = cpu.warp_backward(*tensors[:3], input_size, layout, *needs[:2], *options[:-1])
+        if plain_gradients is not None:
+            grad_input, grad_parameters = plain_gradients
+            if grad_input is None:
+                grad_input = grad_output.new_empty(0)
+            return (
+                grad_input,
+                parameters.new_empty(0) if grad_parameters is None else grad_parameters,
+                parameters.new_empty(0),
+            )
     gradients = _allocate_gradients(*tensors, input_size, channels_last, *needs)
     if not grad_output.numel():
         for gradient in gradients:
@@ -224,10 +231,6 @@ def is_channels_last(image: Tensor) -> bool:
 def is_deterministic() -> bool:
     """Whether sums must not depend on the order in which programs run."""
     return torch.are_deterministic_algorithms_enabled()
-
-
-def _laid_out(image: Tensor, channels_last: bool) -> Tensor:
-    return image.contiguous(memory_format=_CHANNELS_LAST[image.dim()]) if channels_last else image
 
 
 def _is_plain(
