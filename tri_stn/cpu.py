@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,9 +39,25 @@ FAR = 1e4
 
 _MODES = {"bilinear": 0, "nearest": 1, "bicubic": 2}
 _PADDINGS = {"zeros": 0, "border": 1, "reflection": 2}
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _KINDS = ("affine", "projective", "grid", "displacement", "pixel_displacement")
 
 
+def _without_autocast(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Autocast would make products of matrices, and so the grid, in 16 bits."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_without_autocast
 def warp(
     input: Tensor, parameters: Tensor, size: Sequence[int], layout: torch.memory_format,
     kind: str, mode: str, padding_mode: str, align_corners: bool,
@@ -69,9 +86,11 @@ def warp(
         if output is None:
             output = torch.empty((maps.count, input.shape[1], *size), dtype=input.dtype, memory_format=layout)
         output[first:last, :, start:stop] = part
+        del grid, part  # before the next ones are made
     return output
 
 
+@_without_autocast
 def warp_backward(
     grad_output: Tensor, input: Tensor | None, parameters: Tensor,
     input_size: Sequence[int], layout: torch.memory_format,
@@ -120,6 +139,7 @@ def warp_backward(
                 grad_input[image] = grad_image
             else:
                 grad_input[image] += grad_image
+        del grid, grad_grid, grad_image  # before the next ones are made
     return (
         grad_input.to(grad_output.dtype, memory_format=layout) if need_input and grad_input is not None else None,
         grad_parameters.view(parameters.shape).to(parameters.dtype) if grad_parameters is not None else None,

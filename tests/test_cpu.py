@@ -1,0 +1,235 @@
+"""The CPU's fast road, torch's own sampler: right by the same tests as the others, in parts too, and where it is taken.
+
+Elsewhere the backend "reference" is the reference alone. Here `backend` is the CPU as users have it, and the tests that
+are imported run on it once more: fp64 truth, ties, coordinates that are nowhere, memory orders.
+"""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_swap_in import (  # noqa: F401
+    test_any_order_of_a_volumes_dimensions_in_memory,
+    test_any_order_of_dimensions_in_memory,
+    test_coordinates_that_are_nowhere_in_volumes,
+    test_edges_of_five_pixels,
+    test_expanded_tensors,
+    test_identity_grids_have_torchs_slopes,
+    test_nearest_has_a_grid_gradient_of_zeros,
+    test_nearest_rounds_half_to_even,
+    test_nothing_to_do,
+    test_one_gradient_alone,
+    test_the_corners_of_the_grid_are_the_corners_of_the_image,
+    test_ties_in_volumes,
+    test_ties_on_pixels_borders_and_corners,
+)
+from test_swap_in import test_coordinates_that_are_nowhere as test_grids_that_are_nowhere  # noqa: F401
+from test_warp import (  # noqa: F401
+    OPTIONS,
+    compare,
+    small_tiles,
+    test_a_pixel_that_nobody_reads_spoils_nothing,
+    test_a_rounded_distance_adds_no_pixel,
+    test_any_pair_of_dtypes,
+    test_any_strides,
+    test_backward_reads_the_pixels_that_the_forward_read,
+    test_channels_last_is_kept,
+    test_coordinates_that_are_nowhere,
+    test_degenerate_maps,
+    test_dense_maps_match_torch,
+    test_empty,
+    test_error_in_16_bits_is_never_above_that_of_torch,
+    test_gradcheck,
+    test_identity_is_exact,
+    test_input_is_not_kept_where_only_its_gradient_is_asked_for,
+    test_matches_torch,
+    test_not_a_number_everywhere,
+    test_odd_sizes,
+    test_one_image_many_maps_equals_repeated_images,
+    test_one_map_serves_every_image,
+    test_several_maps_per_image,
+    test_slope_at_a_pixel_is_the_one_to_its_right,
+    test_ties_follow_torch,
+    test_volumes_match_torch,
+)
+
+import tri_stn
+from bench.measure import peak_bytes
+from tri_stn import cpu
+from tri_stn.testing import Case
+
+MILD = torch.tensor([[1.1, 0.2, 0.1], [-0.1, 0.9, -0.2], [0.1, -0.2, 1.3]])
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return "cpu"
+
+
+@pytest.fixture
+def served(backend, monkeypatch):
+    """What the fast road has answered: for each call whether it served."""
+    answers = []
+
+    def ask(real, *arguments):
+        result = real(*arguments)
+        answers.append(result is not None)
+        return result
+
+    for real in (cpu.warp, cpu.warp_backward):
+        monkeypatch.setattr(cpu, real.__name__, functools.partial(ask, real))
+    return answers
+
+
+def results(case, image, parameters, grad):
+    image, parameters = image.detach().requires_grad_(), parameters.detach().requires_grad_()
+    output = tri_stn.warp(image, case.transform(parameters), case.size, **case.options)
+    return output, *torch.autograd.grad(output, (image, parameters), grad)
+
+
+def mild(case):
+    """A case's tensors, with homographies that stay far from infinity."""
+    image, parameters, grad = case.tensors()
+    if case.kind == "projective":
+        generator = torch.Generator().manual_seed(1)
+        parameters = MILD.to(parameters) + 0.1 * torch.rand(parameters.shape, generator=generator).to(parameters)
+    return image, parameters, grad
+
+
+KINDS = ("affine", "projective", "grid", "displacement", "pixel_displacement")
+COMMON = [
+    *[Case(kind=kind, **option.values[0]) for kind in KINDS[:2] for option in OPTIONS],
+    *[Case(kind=kind, padding_mode="border") for kind in KINDS[2:]],
+    *[Case(kind=kind, maps=3, images=2, size=(6, 7)) for kind in KINDS],
+    Case(kind="projective", images=1, maps=3, padding_mode="reflection", dtype=torch.float64),
+    Case(size=(3, 4, 5), input_size=(4, 3, 6), arrangement="channels_last"),
+    Case(size=(3, 4, 5), input_size=(4, 3, 6), kind="displacement", maps=2, dtype=torch.float64),
+    Case(arrangement="channels_last", channels=5, maps=2, align_corners=True),
+]
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 3000, 300], ids=["whole", "images", "rows"])
+@pytest.mark.parametrize("case", COMMON, ids=str)
+def test_common_cases_are_served_and_right(served, case, chunk_bytes, monkeypatch):
+    """Whole, some images at a time, some rows at a time: fp64 truth, and the same output to the bit."""
+    tensors = mild(case)
+    whole = results(case, *tensors)[0]
+    if chunk_bytes is not None:
+        monkeypatch.setattr(cpu, "CHUNK_BYTES", chunk_bytes)
+    compare(case, *tensors)
+    assert torch.equal(results(case, *tensors)[0], whole)
+    assert all(served)
+
+
+@pytest.mark.parametrize("case", COMMON, ids=str)
+def test_equals_the_reference(backend, case, monkeypatch):
+    tensors = mild(case)
+    fast = results(case, *tensors)
+    monkeypatch.setattr(tri_stn.ops, "_is_plain", lambda *_: False)
+    for got, expected in zip(fast, results(case, *tensors), strict=True):
+        # Nearest may choose the other pixel on a half; with these seeds it does not.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+        assert got.stride() == expected.stride() and got.dtype == expected.dtype
+
+
+@pytest.mark.parametrize(
+    "theta",
+    [
+        ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)),
+        ((-1.0, 0.0, 0.0), (0.0, 0.7, 0.1)),
+        ((0.0, 9 / 13, 0.0), (13 / 9, 0.0, 0.0)),
+        ((1.0, 13 / 9, 0.0), (0.0, 1.0, 0.1)),
+        ((0.8, 0.1, float("nan")), (0.3, 0.7, 0.1)),
+        ((0.8, 0.1, 0.3), (0.3, -float("inf"), 0.1)),
+        ((0.8, 0.1, 0.3), (0.3, 2e4, 0.1)),
+    ],
+    ids=["identity", "flip", "quarter_turn", "shear", "nan", "inf", "far"],
+)
+@pytest.mark.parametrize("projective", [False, True])
+def test_the_reference_has_what_a_grid_would_spoil(served, theta, projective):
+    theta = torch.tensor([theta])
+    if projective:
+        theta = torch.cat([theta, torch.tensor([[[0.0, 0.0, 1.0]]])], 1)
+    transform = (tri_stn.Projective if projective else tri_stn.Affine)(theta)
+    tri_stn.warp(torch.rand(1, 1, 9, 13), transform)
+    assert served == [False]
+
+
+@pytest.mark.parametrize("theta", [((0.7, 0.0, 0.1), (0.0, 0.61, -0.2)), ((0.5, 0.0, 0.123), (0.0, 1.0, 0.0456))])
+def test_crops_that_fall_between_pixels_are_served(served, theta):
+    tri_stn.warp(torch.rand(1, 1, 32, 32), tri_stn.Affine(torch.tensor([theta])))
+    assert served == [True]
+
+
+def test_a_homography_that_nears_infinity_is_the_references(served):
+    matrix = torch.tensor([[[1.0, 0.1, 0.0], [0.1, 1.0, 0.0], [0.6, 0.5, 1.0]]])
+    tri_stn.warp(torch.rand(1, 1, 9, 13), tri_stn.Projective(matrix))
+    assert served == [False]
+
+
+@pytest.mark.parametrize("unit", ["normalized", "pixel"])
+def test_a_field_that_mostly_stays_is_the_references(served, unit):
+    field = torch.zeros(1, 9, 13, 2)
+    field[0, 0] = 0.3
+    tri_stn.warp(torch.rand(1, 1, 9, 13), tri_stn.Displacement(field, unit=unit))
+    assert served == [False]
+
+
+def test_a_grid_with_one_bad_number_is_the_references(served):
+    grid = torch.rand(1, 9, 13, 2)
+    for bad in (float("nan"), float("inf"), -1e30):
+        grid[0, 4, 5, 1] = bad
+        assert tri_stn.warp(torch.rand(1, 1, 9, 13), tri_stn.Grid(grid))[0, 0, 4, 5] == 0
+    assert served == [False] * 3
+
+
+@pytest.mark.parametrize("kind", ["affine", "projective", "grid"])
+def test_the_backward_in_parts_reads_what_the_forward_read(backend, kind, monkeypatch):
+    """Parts of rows forward, whole images backward: each pixel's gradient counts its reads."""
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 3000)
+    case = Case(kind=kind, images=1, channels=1, input_size=(17, 31), size=(60, 50), mode="nearest")
+    _, parameters, _ = mild(case)
+    numbers = torch.arange(1.0, 17 * 31 + 1).view(1, 1, 17, 31).requires_grad_()
+    output = tri_stn.warp(numbers, case.transform(parameters), case.size, mode="nearest")
+    (reads,) = torch.autograd.grad(output.sum(), numbers)
+    counted = output.flatten().long().bincount(minlength=numbers.numel() + 1)[1:]
+    assert torch.equal(counted, reads.flatten().long())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_bits_again(backend, kind):
+    case = Case(kind=kind, images=3, size=(40, 30), input_size=(5, 4))
+    first, again = (results(case, *mild(case)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_large_outputs_take_less_memory_than_torchs(backend):
+    """Beyond what is returned; a hundred images whose grids are 12 MiB together."""
+    image = torch.rand(100, 1, 128, 128).requires_grad_()
+    theta = (torch.tensor([[0.9, 0.2, 0.1], [-0.1, 0.8, 0.1]]) + 0.1 * torch.rand(100, 2, 3)).requires_grad_()
+
+    def ours():
+        return tri_stn.warp(image, tri_stn.Affine(theta))
+
+    def torchs():
+        return F.grid_sample(image, F.affine_grid(theta, list(image.shape), align_corners=False), align_corners=False)
+
+    grad = torch.rand_like(image)
+
+    def step(warp):
+        output = warp()
+        return output.detach(), *torch.autograd.grad(output, (image, theta), grad)
+
+    for measure in (lambda warp: (warp().detach(),), step):
+        mine, others = (peak_bytes(functools.partial(measure, warp), torch.device("cpu")) for warp in (ours, torchs))
+        assert mine < 2.1 * cpu.CHUNK_BYTES and mine < 0.7 * others
+
+
+def test_autocast_leaves_the_grid_alone(backend):
+    case = Case(images=3)
+    expected = results(case, *case.tensors())
+    with torch.autocast("cpu"):
+        got = results(case, *case.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
