@@ -233,3 +233,20 @@ def test_autocast_leaves_the_grid_alone(backend):
     with torch.autocast("cpu"):
         got = results(case, *case.tensors())
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["affine", "grid"])
+def test_a_jacobian_maps_over_the_outputs_gradient_alone(backend, kind):
+    """Many gradients of the output for one image and one map, as `torch.vmap` hands them over."""
+    case = Case(kind=kind, images=1, input_size=(4, 3), size=(2, 3))
+    image, parameters, _ = case.tensors()
+
+    def output(image, parameters):
+        return tri_stn.warp(image, case.transform(parameters), case.size)
+
+    rows = []
+    for one in torch.eye(12).view(12, 1, 2, 2, 3):
+        tensors = image.clone().requires_grad_(), parameters.clone().requires_grad_()
+        rows.append(torch.autograd.grad(output(*tensors), tensors, one))
+    for got, *expected in zip(torch.func.jacrev(output, (0, 1))(image, parameters), *rows, strict=True):
+        torch.testing.assert_close(got.flatten(0, 3), torch.stack(expected))

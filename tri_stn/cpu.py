@@ -100,7 +100,7 @@ def warp_backward(
     dtype, shape = compute_dtype(grad_output.dtype), (len(parameters), grad_output.shape[1], *input_size)
     if input is None and not need_parameters:
         input = grad_output.new_zeros(1).expand(shape)  # ATen reads it for the grid's gradient, which nobody takes
-    if input is None or input.shape != shape:
+    if input is None or input.shape != shape or len(grad_output) != len(parameters) * parameters.shape[1]:
         return None
     maps = _Maps.of(parameters, shape, grad_output.shape[2:], dtype, kind, mode, align_corners)
     if maps is None:
