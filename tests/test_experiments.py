@@ -216,7 +216,7 @@ def test_outlines_follow_the_output_around():
 
 def test_digits_end_to_end(tmp_path, capsys, monkeypatch):
     """One short training of two models: table, picture, results; and a second call that finds all of it done."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # in this process
+    monkeypatch.setattr(harness, "_cores", lambda: 1)  # in this process
     monkeypatch.setattr(classification, "load_digits", few_digits)
     arguments = ["--quick", "--epochs", "2", "--scenes", "R", "--models", "FCN", "ST-FCN affine", "--device", "cpu"]
     arguments += ["--out", str(tmp_path)]

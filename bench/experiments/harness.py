@@ -130,7 +130,7 @@ def run(jobs: Sequence[Job], work: Work, arguments: argparse.Namespace) -> list[
             progress.update(task, completed=sum(shares), description=jobs[index].title)
 
         # A GPU takes one after the other; each CPU core has its own.
-        workers = 1 if arguments.device.type != "cpu" else min(len(jobs), len(os.sched_getaffinity(0)))
+        workers = 1 if arguments.device.type != "cpu" else min(len(jobs), _cores())
         if workers <= 1:
             return [
                 work(job, file, lambda share, i=i: report(i, share))  # type: ignore[misc]
@@ -148,6 +148,11 @@ def run(jobs: Sequence[Job], work: Work, arguments: argparse.Namespace) -> list[
                 pool.shutdown(cancel_futures=True)
                 raise
             return [future.result() for future in futures]
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_process(work: Work, job: Job, file: Path, channel: Any, index: int) -> dict[str, Any]:
