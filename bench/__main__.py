@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(main=_bench)
     parser.add_argument("--list", action="store_true", help="name the workloads and stop")
     parser.add_argument("--workload", action="append", metavar="TEXT", help="only workloads with this in their name")
+    parser.add_argument("--sweeps", action="store_true", help="also the sweeps over size, channels, scale and angle")
     parser.add_argument("--provider", action="append", choices=PROVIDERS, help="only these providers")
     parser.add_argument("--direction", action="append", choices=DIRECTIONS, help="only these directions")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
@@ -75,9 +76,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     from .providers import PROVIDERS
     from .report import track
     from .run import Settings, plan, run
-    from .workloads import DIRECTIONS, WORKLOADS
+    from .workloads import DIRECTIONS, SWEEPS, WORKLOADS
 
-    chosen = [w for w in WORKLOADS if not arguments.workload or any(text in str(w) for text in arguments.workload)]
+    # Sweeps come last, so that a run that is cut short has the workloads; a name picks from all.
+    every = WORKLOADS + SWEEPS if arguments.sweeps or arguments.workload or arguments.list else WORKLOADS
+    chosen = [w for w in every if not arguments.workload or any(text in str(w) for text in arguments.workload)]
     if not chosen:
         return _refuse("No workload has that in its name; python -m bench --list names them all.")
     if arguments.list:
@@ -101,7 +104,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     path = folder / results.file_name(device, commit) if folder else None
 
     seconds = arguments.seconds or (0.05 if on_cpu else 0.1)
-    limit = arguments.time_limit or (90 if on_cpu else 420)
+    limit = arguments.time_limit or (150 if on_cpu else 420)
     bandwidth = copy_bandwidth(device, seconds)
     print(
         f"{results.device_name(device)}: a large copy moves {bandwidth / 1e9:.1f} GB/s, read and written.", flush=True
@@ -156,6 +159,7 @@ def _command(arguments: argparse.Namespace) -> str:
         value = getattr(arguments, option)
         for item in value if isinstance(value, list) else [value] if value else []:
             words += [f"--{option.replace('_', '-')}", str(item)]
+    words += ["--sweeps"] * arguments.sweeps
     return shlex.join(words)
 
 

@@ -70,7 +70,7 @@ class Maps:
 
         return tri_stn.Affine(theta)
 
-    def amplification(self, size: tuple[int, ...]) -> float:
+    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> float:
         """How many times a coordinate's own rounding its error may be, by the sum that it is."""
         return 1.0
 
@@ -171,10 +171,11 @@ class Splines:
         solution = torch.linalg.inv(torch.cat([above, below]))[:, : self.points]
         return terms(_identity(size, align_corners, like).flatten(0, -2)), solution
 
-    def amplification(self, size: tuple[int, ...]) -> float:
+    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> float:
         """A spline's terms are larger than their sum, and so is what rounding leaves of them."""
-        terms, solution = self._system(size, False, torch.empty(0))
-        return (terms.abs() @ solution.abs()).max().item()
+        terms, solution = self._system(size, False, theta)
+        weights = solution @ theta.detach().double().flatten(0, -3)
+        return max(1.0, (terms.abs() @ weights.abs()).max().item())
 
     def grid(self, theta: Tensor, kept: Kept, size: tuple[int, ...], align_corners: bool) -> Tensor:
         return (kept[0] @ theta).view(len(theta), *size, 2)
@@ -205,7 +206,7 @@ class Fields:
 
         return tri_stn.Displacement(theta, unit="pixel")
 
-    def amplification(self, size: tuple[int, ...]) -> float:
+    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> float:
         return 1.0
 
     def kept(self, size: tuple[int, ...], input_size: tuple[int, ...], align_corners: bool, like: Tensor) -> Kept:
@@ -238,7 +239,7 @@ class Points:
 
         return tri_stn.Grid(theta)
 
-    def amplification(self, size: tuple[int, ...]) -> float:
+    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> float:
         return 1.0
 
     def kept(self, size: tuple[int, ...], input_size: tuple[int, ...], align_corners: bool, like: Tensor) -> Kept:

@@ -152,7 +152,7 @@ def limits(workload: Workload, tensors: Tensors, own_errors: dict[str, float]) -
     they are off by up to S eps, and a pixel apart values differ by up to twice the largest. Where a map
     is a sum of terms larger than itself, its coordinates are off by as much more.
     """
-    amplification = workload.transform.amplification(workload.size)
+    amplification = workload.transform.amplification(tensors.theta, workload.size)
     coordinates = 2 * max(workload.input_size) * torch.finfo(torch.float32).eps * amplification
     allowed = {}
     for name in ("output", *tensors.wanted, *(SECOND if tensors.cotangents else ())):
@@ -189,15 +189,16 @@ def settings_of(workload: Workload) -> Iterator[None]:
     if not workload.deterministic:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     # Torch would also fill every new tensor with NaN, which is no part of the sums and not asked of anyone else.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[assignment]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
 
 
 # --- what is measured -------------------------------------------------------------------------------
