@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    import tri_stn
+    from tri_stn.transforms import Transform
 
 Range = tuple[float, float]
 Kept = tuple[Tensor, ...]
@@ -64,15 +64,17 @@ class Maps:
             rotation = torch.linalg.matrix_exp(angle[:, None, None] * turn)
         return torch.cat([rotation * scale[:, None], shift[..., None]], -1)
 
-    def transform(self, theta: Tensor) -> tri_stn.Transform:
+    def transform(self, theta: Tensor) -> Transform:
         """The numbers (*lead, *shape) as tri_stn takes them."""
         import tri_stn
 
         return tri_stn.Affine(theta)
 
-    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> float:
-        """How many times a coordinate's own rounding its error may be, by the sum that it is."""
-        return 1.0
+    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> tuple[float, float]:
+        """How much larger than a coordinate the terms are that it is the sum of, and than the gradient of
+        a number those that it is the sum of: what rounding leaves is as much larger.
+        """
+        return 1.0, 1.0
 
     def kept(self, size: tuple[int, ...], input_size: tuple[int, ...], align_corners: bool, like: Tensor) -> Kept:
         """The buffers of `grid`, on the device and in the dtype of `like`, computed in fp64."""
@@ -100,7 +102,7 @@ class Homographies(Maps):
         tilt = _uniform(self.tilt, count, 1, dims, generator=generator)
         return torch.cat([theta, torch.cat([tilt, torch.ones(count, 1, 1)], -1)], -2)
 
-    def transform(self, theta: Tensor) -> tri_stn.Transform:
+    def transform(self, theta: Tensor) -> Transform:
         import tri_stn
 
         return tri_stn.Projective(theta)
@@ -143,7 +145,7 @@ class Splines:
         moved = _uniform((-self.noise, self.noise), count, self.points, 2, generator=generator)
         return targets * self.scale + torch.stack([torch.zeros_like(wave), wave], -1) + moved
 
-    def transform(self, theta: Tensor) -> tri_stn.Transform:
+    def transform(self, theta: Tensor) -> Transform:
         import tri_stn
 
         return tri_stn.ThinPlateSpline(self.targets(theta.device), theta)
@@ -171,11 +173,12 @@ class Splines:
         solution = torch.linalg.inv(torch.cat([above, below]))[:, : self.points]
         return terms(_identity(size, align_corners, like).flatten(0, -2)), solution
 
-    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> float:
-        """A spline's terms are larger than their sum, and so is what rounding leaves of them."""
+    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> tuple[float, float]:
+        """Weights of both signs make the bend; in the gradient the solved system stands alone."""
         terms, solution = self._system(size, False, theta)
         weights = solution @ theta.detach().double().flatten(0, -3)
-        return max(1.0, (terms.abs() @ weights.abs()).max().item())
+        coordinates, gradients = ((terms.abs() @ w.abs()).max().item() for w in (weights, solution))
+        return max(1.0, coordinates), gradients
 
     def grid(self, theta: Tensor, kept: Kept, size: tuple[int, ...], align_corners: bool) -> Tensor:
         return (kept[0] @ theta).view(len(theta), *size, 2)
@@ -201,13 +204,13 @@ class Fields:
         mode = "bilinear" if dims == 2 else "trilinear"
         return F.interpolate(coarse * self.amplitude, size, mode=mode, align_corners=True).movedim(1, -1)
 
-    def transform(self, theta: Tensor) -> tri_stn.Transform:
+    def transform(self, theta: Tensor) -> Transform:
         import tri_stn
 
         return tri_stn.Displacement(theta, unit="pixel")
 
-    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> float:
-        return 1.0
+    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> tuple[float, float]:
+        return 1.0, 1.0
 
     def kept(self, size: tuple[int, ...], input_size: tuple[int, ...], align_corners: bool, like: Tensor) -> Kept:
         """The identity, and how much of a normalised unit each pixel of the input is."""
@@ -234,13 +237,13 @@ class Points:
         bounds = (-self.reach, self.reach)
         return _uniform(bounds, count, *size, len(size), generator=torch.Generator().manual_seed(seed))
 
-    def transform(self, theta: Tensor) -> tri_stn.Transform:
+    def transform(self, theta: Tensor) -> Transform:
         import tri_stn
 
         return tri_stn.Grid(theta)
 
-    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> float:
-        return 1.0
+    def amplification(self, theta: Tensor, size: tuple[int, ...]) -> tuple[float, float]:
+        return 1.0, 1.0
 
     def kept(self, size: tuple[int, ...], input_size: tuple[int, ...], align_corners: bool, like: Tensor) -> Kept:
         return ()

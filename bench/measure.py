@@ -74,12 +74,14 @@ def _chunks(workload: Workload, tensors: Tensors, channels: int | None = None) -
     """
     w = workload
     channels = channels or w.channels
-    rows = {"input": tensors.input.detach(), "grad_input": tensors.cotangents.get("grad_input")}
-    numbers = {"theta": tensors.theta.detach(), "grad_theta": tensors.cotangents.get("grad_theta")}
-    numbers = {
-        name: None if t is None else t.reshape(w.batch, w.maps, *w.transform.shape(w.size))
-        for name, t in numbers.items()
-    }
+    images_of = {"input": tensors.input.detach()}
+    maps_of = {"theta": tensors.theta.detach()}
+    if tensors.cotangents:
+        images_of["grad_input"], maps_of["grad_theta"] = (
+            tensors.cotangents["grad_input"],
+            tensors.cotangents["grad_theta"],
+        )
+    maps_of = {name: t.reshape(w.batch, w.maps, *w.transform.shape(w.size)) for name, t in maps_of.items()}
     grad_output = tensors.grad_output.reshape(w.batch, w.maps, w.channels, *w.size)
     clear = tensors.clear.reshape(w.batch, w.maps, 1, *w.size)
     per_channel = math.prod(w.input_size) + w.maps * math.prod(w.size)
@@ -90,8 +92,8 @@ def _chunks(workload: Workload, tensors: Tensors, channels: int | None = None) -
     def pieces(part: slice) -> Iterator[Tensors]:
         for first in range(0, channels, step):
             some = slice(first, min(first + step, channels))
-            wide = {k: None if t is None else t[part, some].double() for k, t in rows.items()}
-            wide |= {k: None if t is None else t[part].double() for k, t in numbers.items()}
+            wide = {name: t[part, some].double() for name, t in images_of.items()}
+            wide |= {name: t[part].double() for name, t in maps_of.items()}
             yield Tensors(
                 wide["input"].requires_grad_(tensors.input.requires_grad),
                 wide["theta"].requires_grad_(tensors.theta.requires_grad),
@@ -150,15 +152,19 @@ def limits(workload: Workload, tensors: Tensors, own_errors: dict[str, float]) -
 
     Rounding is one of the result to its dtype, and fp32 coordinates: on an axis of S pixels
     they are off by up to S eps, and a pixel apart values differ by up to twice the largest. Where a map
-    is a sum of terms larger than itself, its coordinates are off by as much more.
+    is a sum of terms larger than itself, its coordinates, and the gradients of its numbers, are off by as much more.
     """
-    amplification = workload.transform.amplification(tensors.theta, workload.size)
-    coordinates = 2 * max(workload.input_size) * torch.finfo(torch.float32).eps * amplification
+    fp32 = torch.finfo(torch.float32).eps
+    terms, gradient_terms = workload.transform.amplification(tensors.theta, workload.size)
+    coordinates = 2 * max(workload.input_size) * fp32 * terms
     allowed = {}
     for name in ("output", *tensors.wanted, *(SECOND if tensors.cotangents else ())):
         own = own_errors.get(name, 0.0)
         dtype = tensors.theta.dtype if name.endswith("theta") else tensors.input.dtype
         allowed[name] = (own if math.isfinite(own) else 0.0) + torch.finfo(dtype).eps + coordinates
+        if name.endswith("theta"):
+            # Pixels' gradients have both signs, so that their sum is smaller than they are: measured, by up to 4.
+            allowed[name] += 8 * fp32 * gradient_terms
     return allowed
 
 
@@ -190,15 +196,15 @@ def settings_of(workload: Workload) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     # Torch would also fill every new tensor with NaN, which is no part of the sums and not asked of anyone else.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 # --- what is measured -------------------------------------------------------------------------------
