@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench``, and after it ``gpu``, ``resources`` or ``precision``."""
+"""The command line: ``python -m bench``, and after it ``gpu``, ``resources``, ``traffic`` or ``precision``."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ("float32", "bfloat16", "float16", "float64")
     resources.add_argument("--dtype", action="append", choices=dtypes, help="default: float32 and bfloat16")
 
+    traffic = commands.add_parser("traffic", help="sectors and lines that warps and programs touch; needs no GPU")
+    traffic.set_defaults(main=_traffic)
+    traffic.add_argument("name", metavar="WORKLOAD", help="all workloads with this in their name")
+    traffic.add_argument("--tile", action="append", type=_block, metavar="WxH", help="default: what the kernels take")
+    traffic.add_argument("--programs", type=int, default=256, metavar="N", help="how many are counted (default: 256)")
+    traffic.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
     precision = commands.add_parser("precision", help="error against fp64 by dtype and image width, beside torch's")
     precision.set_defaults(main=_precision)
     precision.add_argument("--width", action="append", type=int, metavar="PIXELS", help="only these image widths")
@@ -66,6 +73,13 @@ def _positive(text: str) -> float:
     if not (number := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"takes a number of seconds above zero; got {text}.")
     return number
+
+
+def _block(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) * int(height) in (32, 64, 128, 256, 512)):
+        raise argparse.ArgumentTypeError(f"takes a tile such as 16x8, of 32 to 512 pixels, a power of two; got {text}.")
+    return int(width), int(height)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -188,6 +202,31 @@ def _resources(arguments: argparse.Namespace) -> int:
         write_whole(arguments.json, resources.to_json(rows) + "\n")
     columns = [field.name for field in fields(resources.Resources)]
     print(table(columns, ([_cell(getattr(row, column)) for column in columns] for row in rows)))
+    return 0
+
+
+def _traffic(arguments: argparse.Namespace) -> int:
+    from . import traffic
+    from .report import markdown, table
+    from .workloads import SWEEPS, WORKLOADS
+
+    if arguments.programs < 1:
+        return _refuse(f"--programs takes at least 1; got {arguments.programs}.")
+    chosen = [w for w in WORKLOADS + SWEEPS if arguments.name in str(w) and not w.deterministic]
+    if not chosen:
+        return _refuse("No workload has that in its name; python -m bench --list names them all.")
+    if reasons := [reason for w in chosen if (reason := traffic.unavailable(w))]:
+        return _refuse(reasons[0])
+    print("Counted, not measured: no time follows from these numbers.")
+    for workload in chosen:
+        rows: list[traffic.Traffic] = []
+        try:
+            for block in arguments.tile or [None]:
+                rows += traffic.count(workload, block, arguments.programs)
+        except ValueError as error:
+            return _refuse(str(error))
+        print(f"\n{workload}\n")
+        print((markdown if arguments.markdown else table)(traffic.HEADERS, map(traffic.cells, rows)))
     return 0
 
 
