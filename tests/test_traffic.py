@@ -76,7 +76,7 @@ def test_the_walk_visits_three_by_three_candidates_of_the_identity():
 
 
 def test_the_walk_visits_every_tap_that_the_gather_reads():
-    """Its bounds, as the kernel's, lose nothing: under a turn and a stretch, the same number of taps from both sides."""
+    """Its bounds, as the kernel's, lose nothing: turned and stretched, as many taps are found from both sides."""
     workload = replace(PLAIN, transform=Maps((0.8, 1.2), angle=(33, 33), shift=(-0.2, 0.2)), input_size=(48, 40))
     theta = workload.transform.draw(1, workload.size, 3).double().numpy()
     _, (x, y), mask = traffic._sample(_tile(), workload.input_size, 1, 10**6, 0)
