@@ -1,0 +1,185 @@
+"""Series → figures of plotly, one trace per series; the page shows and hides them by their `meta`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .series import Series
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+COLOURS = {"tri_stn": "#0f8b8d", "eager": "#e07a1f", "compile": "#8661c1", "cudnn": "#c1436d", "kornia": "#5b8c2a"}
+"""Tell apart on white and on black, and by most people who see few colours: the symbols differ as well."""
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star", "hexagon")
+REST = "#7b8794"
+LINES = ("#0f8b8d", "#e07a1f", "#8661c1", "#c1436d", "#5b8c2a", "#3f72c9", "#a8741a", "#7b8794")
+
+
+def colour(name: str) -> str:
+    return next((shade for provider, shade in COLOURS.items() if name.startswith(provider)), REST)
+
+
+@dataclass
+class Plot:
+    """A figure and what stands around it."""
+
+    id: str
+    title: str
+    words: str
+    figure: go.Figure
+    categories: bool = False
+    """Whether y is workloads, so that the height follows from how many are shown."""
+
+
+def speedup(series: Sequence[Series]) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for s in series:
+        bars = _spread(s.x, s.low, s.high)
+        figure.add_bar(
+            x=s.x, y=s.y, error_x=bars, orientation="h", name=s.name, marker_color=colour(s.name), customdata=s.notes,
+            text=[f"{value:.3g}×" for value in s.x], textposition="inside", insidetextanchor="start", textangle=0,
+            hovertemplate=f"%{{y}}<br>{s.name} takes %{{x:.3g}} times as long<br>%{{customdata}}<extra></extra>",
+            **_of(s),
+        )  # fmt: skip
+    figure.add_vline(x=1, line_width=1.5, line_dash="dot", line_color=REST)
+    # A bar has no beginning on a logarithmic axis, so that the axis is linear.
+    figure.update_xaxes(title="times as long as tri_stn; to the right of 1, tri_stn is faster", rangemode="tozero")
+    return _finish(figure, categories=True)
+
+
+def roofline(series: Sequence[Series]) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for i, s in enumerate(series):
+        figure.add_scatter(
+            x=s.x, y=s.y, error_y=_spread(s.y, s.low, s.high), mode="markers", name=s.name, customdata=s.notes,
+            marker={"color": colour(s.name), "size": 9, "symbol": _symbol(series, i)},
+            hovertemplate=f"{s.name}, %{{customdata}}<br>%{{y:.3g}} % of a copy<extra></extra>", **_of(s),
+        )  # fmt: skip
+    figure.add_hline(y=100, line_width=1.5, line_dash="dot", line_color=REST, annotation_text="a copy")
+    figure.update_xaxes(title="time of a copy of as many bytes, ms", type="log")
+    figure.update_yaxes(title="% of a copy's bandwidth", type="log")
+    return _finish(figure)
+
+
+def memory(series: Sequence[Series]) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for s in series:
+        figure.add_bar(
+            x=s.x, y=s.y, orientation="h", name=s.name, marker_color=colour(s.name), customdata=s.notes,
+            text=["none" if value == 0 else f"{value:.3g}" for value in s.x], textposition="outside", cliponaxis=False,
+            hovertemplate=f"%{{y}}<br>{s.name}: %{{x:.4g}} MiB (%{{customdata}})<extra></extra>", **_of(s),
+        )  # fmt: skip
+    figure.update_xaxes(title="MiB beyond input, output and gradients", rangemode="tozero")
+    return _finish(figure, categories=True)
+
+
+def sweep(series: Sequence[Series]) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for i, s in enumerate(series):
+        limit = s.name.startswith("as long")
+        figure.add_scatter(
+            x=s.x, y=s.y, error_y=_spread(s.y, s.low, s.high), name=s.name, customdata=s.notes,
+            mode="lines" if limit else "lines+markers",
+            line={"color": colour(s.name), "dash": "dot" if limit else "dash" if "," in s.name else "solid"},
+            marker={"size": 8, "symbol": _symbol(series, i)},
+            hovertemplate=f"{s.name}, %{{customdata}}<extra></extra>", **_of(s),
+        )  # fmt: skip
+    title = series[0].group.rpartition(", ")[2]
+    values = [x for s in series for x in s.x if not isinstance(x, str)]
+    log = min(values) > 0 and max(values) >= 4 * min(values)
+    figure.update_xaxes(title=title, type="log" if log else "linear")
+    if log:
+        ticks = sorted(set(values))
+        figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    figure.update_yaxes(title="ms", type="log")
+    return _finish(figure)
+
+
+def error(series: Sequence[Series]) -> go.Figure:
+    import plotly.graph_objects as go
+
+    tensors = ["output", "grad_input", "grad_theta"]
+    figure = go.Figure()
+    for s in series:
+        tensor = s.name.rpartition(", ")[2]
+        symbol = SYMBOLS[tensors.index(tensor) if tensor in tensors else 3]
+        figure.add_scatter(
+            x=[None if x == 0 else x for x in s.x], y=s.y, mode="markers", name=s.name, customdata=s.notes,
+            marker={"color": colour(s.name), "size": 9, "symbol": symbol},
+            hovertemplate=f"%{{y}}<br>{s.name}: %{{customdata}}<extra></extra>", **_of(s),
+        )  # fmt: skip
+    figure.update_xaxes(title="largest error, relative to the largest number", type="log", exponentformat="power")
+    return _finish(figure, categories=True)
+
+
+def history(series: Sequence[Series]) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    order: dict[str, None] = {}
+    for i, s in enumerate(series):
+        order |= dict.fromkeys(map(str, s.x))
+        shade = LINES[_rank(series, i) % len(LINES)]
+        figure.add_scatter(
+            x=s.x, y=s.y, error_y=_spread(s.y, s.low, s.high), mode="lines+markers", name=s.name, customdata=s.notes,
+            line={"color": shade, "width": 1.5},
+            marker={
+                "color": ["#d11f2f" if worse else shade for worse in s.marked],
+                "symbol": ["x" if worse else "circle" for worse in s.marked],
+                "size": [13 if worse else 6 for worse in s.marked],
+            },
+            hovertemplate="%{customdata}<br>%{y:.3f} times the first<extra></extra>", **_of(s),
+        )  # fmt: skip
+    order = dict.fromkeys(sorted(order, key=lambda x: x.partition("<br>")[2]))
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=list(order))
+    figure.update_yaxes(title="tri_stn's time, first commit = 1")
+    return _finish(figure)
+
+
+def _of(s: Series) -> dict[str, Any]:
+    return {"meta": list(s.choice), "legendgroup": s.name, "visible": True}
+
+
+def _rank(series: Sequence[Series], i: int) -> int:
+    """Which series of its choice it is."""
+    return sum(s.choice == series[i].choice for s in series[:i])
+
+
+def _symbol(series: Sequence[Series], i: int) -> str:
+    return SYMBOLS[_rank(series, i) % len(SYMBOLS)]
+
+
+def _spread(values: Sequence[float | str], low: Sequence[float], high: Sequence[float]) -> dict[str, Any] | None:
+    if not low:
+        return None
+    middle = [float(value) for value in values]
+    return {
+        "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
+        "array": [max(0, h - m) for h, m in zip(high, middle, strict=True)],
+        "arrayminus": [max(0, m - b) for b, m in zip(low, middle, strict=True)],
+    }  # fmt: skip
+
+
+def _finish(figure: go.Figure, categories: bool = False) -> go.Figure:
+    """The page's own background shows through; its script sets the colour of the text for light and dark."""
+    figure.update_layout(
+        template="none", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", barmode="group", bargap=0.25,
+        margin={"l": 8, "r": 24, "t": 8, "b": 8}, height=420, showlegend=True, dragmode=False, hovermode="closest",
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0}, font={"size": 13},
+    )  # fmt: skip
+    figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)", zeroline=False)
+    figure.update_yaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)", zeroline=False)
+    if categories:
+        figure.update_yaxes(type="category", autorange="reversed", title=None)
+    return figure
