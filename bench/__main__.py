@@ -71,7 +71,7 @@ def _add_readers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "compare",
         help="what changed between two results files beyond the noise; exit status 1 on a regression",
         description="What changed from A to B, files of python -m bench or of pytest --benchmark-json.",
-        epilog=RULE.replace("%", "%%"),
+        epilog=RULE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     compare.set_defaults(main=_compare)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .records import OURS, ResultsError, Record, Results
+from .records import OURS, Record, Results, ResultsError
 from .report import table
 
 THRESHOLD = 0.05
@@ -14,14 +14,16 @@ LEAST_BYTES = 2**16
 
 RULE = f"""\
 A row is slower where all of this holds, and faster where the opposite does:
-  - the 20th percentile of B's times is above the 80th of A's, so that the spreads of the two series do not overlap
-    (quartiles, where a file has no such percentiles, as pytest-benchmark's);
-  - the medians differ by more than the threshold, {THRESHOLD:.0%} unless --threshold says otherwise, as one run differs
-    from the next by what is in neither series.
-It needs more memory where its peak grew by more than the threshold and {LEAST_BYTES // 1024} KiB, and it broke where it was
-right in A, and its result in B is too far from the truth or an error.
-A slower row of {OURS}, one that needs more memory, or one that broke, is a regression; so is one in a file of pytest-benchmark
-that names no provider. What other providers do is shown, and is none.
+  - the 20th percentile of B's times is above the 80th of A's, so that the spreads of the two series do not
+    overlap (quartiles, where a file has no such percentiles, as pytest-benchmark's);
+  - the medians differ by more than the threshold, {THRESHOLD:.0%} unless --threshold says otherwise, as one run
+    differs from the next by what is in neither series.
+It needs more memory where its peak grew by more than the threshold and {LEAST_BYTES // 1024} KiB. It broke where it was
+timed in A, and in B its result is too far from the truth, or it raised an error.
+
+A row of {OURS} that is slower, needs more memory or broke is a regression; so is one that names no provider, as
+those of pytest-benchmark. What other providers do is shown, and is none.
+
 Exit status: 0 without a regression, 1 with one, 2 where the files cannot be compared."""
 
 

@@ -106,6 +106,11 @@ class Record:
         return self.params.get("variant", "full") == "full"
 
     @property
+    def sweep(self) -> str:
+        """What the workloads of its sweep differ in; empty for one that stands for itself."""
+        return str(self.params.get("sweep") or "")
+
+    @property
     def transform(self) -> dict[str, Any]:
         """The fields that say how the maps are drawn."""
         found = self.params.get("transform")
@@ -140,8 +145,9 @@ class Record:
         parts = [name]
         if self.layout and self.layout != "contiguous":
             parts.append(self.layout)
-        if not self.full:
-            parts.append("scaled down")
+        parts += [
+            word for word in ("deterministic", "small") if word == self.params.get("variant") or self.params.get(word)
+        ]
         return ", ".join(parts)
 
 
@@ -197,7 +203,8 @@ def groups(records: Iterable[Record]) -> list[Group]:
 
 def work(record: Record) -> str:
     """What two rows share that did the same work, whoever did it."""
-    fields = {name: value for name, value in record.params.items() if name != "provider"}
+    # `second` says what else was measured of a workload, and is no part of this row's work.
+    fields = {name: value for name, value in record.params.items() if name not in ("provider", "second")}
     return json.dumps(fields | {"direction": record.direction}, sort_keys=True)
 
 

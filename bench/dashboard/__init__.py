@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..records import ResultsError, Results, read, shelf
+from ..records import Results, ResultsError, read, shelf
 from ..results import RESULTS, write_whole
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .series import Series
+from .series import FLOOR, Series
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -22,33 +21,21 @@ def colour(name: str) -> str:
     return next((shade for provider, shade in COLOURS.items() if name.startswith(provider)), REST)
 
 
-@dataclass
-class Plot:
-    """A figure and what stands around it."""
-
-    id: str
-    title: str
-    words: str
-    figure: go.Figure
-    categories: bool = False
-    """Whether y is workloads, so that the height follows from how many are shown."""
-
-
 def speedup(series: Sequence[Series]) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
     for s in series:
-        bars = _spread(s.x, s.low, s.high)
         figure.add_bar(
-            x=s.x, y=s.y, error_x=bars, orientation="h", name=s.name, marker_color=colour(s.name), customdata=s.notes,
-            text=[f"{value:.3g}×" for value in s.x], textposition="inside", insidetextanchor="start", textangle=0,
+            x=s.x, y=_labels(s), error_x=_spread(s.x, s.low, s.high), orientation="h", name=s.name,
+            marker_color=colour(s.name), customdata=s.notes,
+            text=[f" {value:.3g}×" for value in s.x], textposition="outside", cliponaxis=False,
             hovertemplate=f"%{{y}}<br>{s.name} takes %{{x:.3g}} times as long<br>%{{customdata}}<extra></extra>",
             **_of(s),
         )  # fmt: skip
     figure.add_vline(x=1, line_width=1.5, line_dash="dot", line_color=REST)
     # A bar has no beginning on a logarithmic axis, so that the axis is linear.
-    figure.update_xaxes(title="times as long as tri_stn; to the right of 1, tri_stn is faster", rangemode="tozero")
+    figure.update_xaxes(title="times as long as tri_stn", rangemode="tozero")
     return _finish(figure, categories=True)
 
 
@@ -62,9 +49,9 @@ def roofline(series: Sequence[Series]) -> go.Figure:
             marker={"color": colour(s.name), "size": 9, "symbol": _symbol(series, i)},
             hovertemplate=f"{s.name}, %{{customdata}}<br>%{{y:.3g}} % of a copy<extra></extra>", **_of(s),
         )  # fmt: skip
-    figure.add_hline(y=100, line_width=1.5, line_dash="dot", line_color=REST, annotation_text="a copy")
+    figure.add_hline(y=100, line_width=1.5, line_dash="dot", line_color=REST)  # 100 %: a copy
     figure.update_xaxes(title="time of a copy of as many bytes, ms", type="log")
-    figure.update_yaxes(title="% of a copy's bandwidth", type="log")
+    figure.update_yaxes(title="% of a copy", type="log")
     return _finish(figure)
 
 
@@ -74,11 +61,11 @@ def memory(series: Sequence[Series]) -> go.Figure:
     figure = go.Figure()
     for s in series:
         figure.add_bar(
-            x=s.x, y=s.y, orientation="h", name=s.name, marker_color=colour(s.name), customdata=s.notes,
+            x=s.x, y=_labels(s), orientation="h", name=s.name, marker_color=colour(s.name), customdata=s.notes,
             text=["none" if value == 0 else f"{value:.3g}" for value in s.x], textposition="outside", cliponaxis=False,
             hovertemplate=f"%{{y}}<br>{s.name}: %{{x:.4g}} MiB (%{{customdata}})<extra></extra>", **_of(s),
         )  # fmt: skip
-    figure.update_xaxes(title="MiB beyond input, output and gradients", rangemode="tozero")
+    figure.update_xaxes(title="MiB", rangemode="tozero")
     return _finish(figure, categories=True)
 
 
@@ -87,7 +74,7 @@ def sweep(series: Sequence[Series]) -> go.Figure:
 
     figure = go.Figure()
     for i, s in enumerate(series):
-        limit = s.name.startswith("as long")
+        limit = s.name == FLOOR
         figure.add_scatter(
             x=s.x, y=s.y, error_y=_spread(s.y, s.low, s.high), name=s.name, customdata=s.notes,
             mode="lines" if limit else "lines+markers",
@@ -95,10 +82,9 @@ def sweep(series: Sequence[Series]) -> go.Figure:
             marker={"size": 8, "symbol": _symbol(series, i)},
             hovertemplate=f"{s.name}, %{{customdata}}<extra></extra>", **_of(s),
         )  # fmt: skip
-    title = series[0].group.rpartition(", ")[2]
     values = [x for s in series for x in s.x if not isinstance(x, str)]
     log = min(values) > 0 and max(values) >= 4 * min(values)
-    figure.update_xaxes(title=title, type="log" if log else "linear")
+    figure.update_xaxes(title=series[0].group, type="log" if log else "linear")
     if log:
         ticks = sorted(set(values))
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
@@ -115,11 +101,11 @@ def error(series: Sequence[Series]) -> go.Figure:
         tensor = s.name.rpartition(", ")[2]
         symbol = SYMBOLS[tensors.index(tensor) if tensor in tensors else 3]
         figure.add_scatter(
-            x=[None if x == 0 else x for x in s.x], y=s.y, mode="markers", name=s.name, customdata=s.notes,
+            x=[None if x == 0 else x for x in s.x], y=_labels(s), mode="markers", name=s.name, customdata=s.notes,
             marker={"color": colour(s.name), "size": 9, "symbol": symbol},
             hovertemplate=f"%{{y}}<br>{s.name}: %{{customdata}}<extra></extra>", **_of(s),
         )  # fmt: skip
-    figure.update_xaxes(title="largest error, relative to the largest number", type="log", exponentformat="power")
+    figure.update_xaxes(title="relative error", type="log", exponentformat="power")
     return _finish(figure, categories=True)
 
 
@@ -144,11 +130,16 @@ def history(series: Sequence[Series]) -> go.Figure:
     order = dict.fromkeys(sorted(order, key=lambda x: x.partition("<br>")[2]))
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=list(order))
     figure.update_yaxes(title="tri_stn's time, first commit = 1")
-    return _finish(figure)
+    return _finish(figure).update_layout(showlegend=False)  # as many lines as workloads: a point says which
 
 
 def _of(s: Series) -> dict[str, Any]:
     return {"meta": list(s.choice), "legendgroup": s.name, "visible": True}
+
+
+def _labels(s: Series) -> list[str]:
+    """The workloads in two lines, so that the plot keeps its room on a phone."""
+    return [str(y).replace(", ", "<br>", 1) for y in s.y]
 
 
 def _rank(series: Sequence[Series], i: int) -> int:
@@ -175,7 +166,7 @@ def _finish(figure: go.Figure, categories: bool = False) -> go.Figure:
     """The page's own background shows through; its script sets the colour of the text for light and dark."""
     figure.update_layout(
         template="none", paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", barmode="group", bargap=0.25,
-        margin={"l": 8, "r": 24, "t": 8, "b": 8}, height=420, showlegend=True, dragmode=False, hovermode="closest",
+        margin={"l": 8, "r": 24, "t": 8, "b": 8}, autosize=True, showlegend=True, dragmode=False, hovermode="closest",
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0}, font={"size": 13},
     )  # fmt: skip
     figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)", zeroline=False)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from ..records import Results
 from ..targets import judge
-from . import series
+from . import figures, series
 from .series import Choice, Series
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+Draw = Callable[[Sequence[Series]], "go.Figure"]
 HERE = Path(__file__).parent
 
 
@@ -26,8 +27,7 @@ class Section:
     title: str
     words: str
     make: Callable[[Results], list[Series]]
-    draw: str
-    """The function of `figures` that draws it."""
+    draw: Draw
     categories: bool = False
     """Whether y is workloads, so that the height follows from how many are shown."""
 
@@ -35,32 +35,33 @@ class Section:
 SECTIONS = (
     Section(
         "speedup", "Speed-up",
-        "How many times as long other samplers take as tri_stn, on the same tensors in the same run. Bars are ratios of medians; "
-        "the whiskers go from the best for the other (its 20th percentile against tri_stn's 80th) to the worst.",
-        series.speedups, "speedup", True,
+        "How many times as long other samplers take as tri_stn, on the same tensors in the same run. Bars are ratios "
+        "of medians; the whiskers go from the other's 20th percentile against tri_stn's 80th to the opposite. To "
+        "the right of the dotted line tri_stn is faster.",
+        series.speedups, figures.speedup, True,
     ),
     Section(
         "roofline", "Against a plain copy",
-        "Each point is a workload: the share of a large copy's bandwidth that it reaches, counting only the bytes that must be moved. "
-        "Small work, at the left, is bound by launching it.",
-        series.rooflines, "roofline",
+        "Each point is a workload: the share of a large copy's bandwidth that it reaches, counting only the bytes that "
+        "must be moved. Small work, at the left, is bound by launching it. Dotted: a copy.",
+        series.rooflines, figures.roofline,
     ),
     Section(
         "memory", "Memory", "The most in use during a call, beyond the input, the output and their gradients.",
-        series.memory, "memory", True,
+        series.memory, figures.memory, True,
     ),
     Section(
         "error", "Error against fp64",
-        "The largest error of each tensor, relative to the largest number in it. Exact results, with no error at all, have no "
+        "The largest error of each tensor, relative to the largest number in it. Results with no error at all have no "
         "place on this axis. What was too far from the truth is not timed, and is listed under “Not measured”.",
-        series.errors, "error", True,
+        series.errors, figures.error, True,
     ),
 )  # fmt: skip
 
-SWEEP_WORDS = "Median time, with the spread, where workloads differ in nothing else; dotted: a copy of as many bytes."
+SWEEP_WORDS = "Median time, with the spread, where one thing is varied. Dotted: a copy of as many bytes."
 HISTORY_WORDS = (
-    "tri_stn's time at each commit of which there are results, as a share of its time at the first. A red cross is a regression: "
-    "slower than the commit before by more than the noise, by the rule of python -m bench compare. "
+    "tri_stn's time at each commit of which there are results, as a share of its time at the first. A red cross is a "
+    "regression: slower than at the commit before by more than the noise, by the rule of python -m bench compare. "
     "“+” is a commit with changes that were not committed."
 )
 
@@ -79,9 +80,13 @@ def page(files: Sequence[Results], command: str, choice: Choice | None = None) -
     sweeps = [s for file in newest.values() for s in series.sweeps(file)]
     titles = dict.fromkeys(s.group for s in sweeps)
     parts = [(title, [s for s in sweeps if s.group == title]) for title in titles]
-    body += [_section("sweeps", "Sweeps", SWEEP_WORDS, parts, "sweep"), _commands(newest.values(), command)]
+    body += [_section("sweeps", "Sweeps", SWEEP_WORDS, parts, figures.sweep), _commands(newest.values(), command)]
     past = series.history(files)
-    body += [_section("history", "History", HISTORY_WORDS, [("", past)], "history"), _commands(files, command)]
+    body += [
+        _section("history", "History", HISTORY_WORDS, [("", past)], figures.history),
+        _regressions(past),
+        _commands(files, command),
+    ]
     body += [_targets(newest), _missing(newest)]
     return "\n".join([
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -107,7 +112,7 @@ def _head(files: Sequence[Results], newest: dict[str, Results]) -> str:
             about.append("the run was stopped before its end")
         small = any(not record.full for record in file.records)
         if small:
-            about.append("scaled-down workloads, whose times say nothing about the full ones")
+            about.append("workloads marked small are scaled down, and their times say nothing about the full ones")
         text = f"<strong>{_text(series.device_label(file))}</strong>: {_text('; '.join(filter(None, about)))}."
         lines.append(f'<p class="quiet" {_for(device)}>{text}</p>')
     return "\n".join(lines)
@@ -133,20 +138,23 @@ def _filter(newest: dict[str, Results], chosen: Choice | None) -> str:
     return f"<form>{''.join(boxes)}</form>"
 
 
-_DIRECTIONS = {"both": "both: forward and backward", "forward": "forward", "backward": "backward"}
+_DIRECTIONS = {
+    "both": "both: forward and backward",
+    "forward": "forward",
+    "backward": "backward",
+    "double": "double backward",
+}
 
 
 def _section(
-    id: str, title: str, words: str, parts: Sequence[tuple[str, list[Series]]], draw: str, categories: bool = False
+    id: str, title: str, words: str, parts: Sequence[tuple[str, list[Series]]], draw: Draw, categories: bool = False
 ) -> str:
-    from . import figures
-
     lines = [f'<section id="{id}">\n<h2>{title}</h2>\n<p class="quiet">{_text(words)}</p>']
     parts = [(name, found) for name, found in parts if found]
     if not parts:
         lines.append('<div class="empty">Not measured.</div>')
     for number, (name, found) in enumerate(parts):
-        figure = getattr(figures, draw)(found)
+        figure = draw(found)
         heading = f"<h3>{_text(name)}</h3>" if name else ""
         lines.append(
             f'<figure data-name="{id}"{" data-categories=1" if categories else ""}>{heading}'
@@ -156,8 +164,9 @@ def _section(
 
 
 def _plot(figure: go.Figure, id: str) -> str:
-    config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    return figure.to_html(full_html=False, include_plotlyjs=False, div_id=id, config=config)
+    """A place for a plot and its numbers, which the page's script reads."""
+    numbers = figure.to_json().replace("</", "<\\/")  # else a text in it could end the element
+    return f'<div class="plot" id="{id}"></div><script type="application/json">{numbers}</script>'
 
 
 def _commands(files: Iterable[Results], command: str) -> str:
@@ -170,6 +179,17 @@ def _commands(files: Iterable[Results], command: str) -> str:
     return f"<figcaption>{''.join(lines)}</figcaption>"
 
 
+def _regressions(past: Sequence[Series]) -> str:
+    """The red crosses in words."""
+    items = [
+        f"<li {_for(*s.choice)}>{_text(str(x).replace('<br>', ', '))}: {_text(note)}</li>"
+        for s in past
+        for x, note, worse in zip(s.x, s.notes, s.marked, strict=True)
+        if worse
+    ]
+    return f"<ul class=regressions>{''.join(items)}</ul>" if items else ""
+
+
 def _targets(newest: dict[str, Results]) -> str:
     file = next((file for file in newest.values() if file.gpu), None)
     rows = [
@@ -178,11 +198,9 @@ def _targets(newest: dict[str, Results]) -> str:
         for v in judge(file)
     ]
     where = f"Measured on {file.device}, commit {file.commit}." if file else "No results of a GPU: nothing is measured."
-    return (
-        f'<section id="targets">\n<h2>Targets</h2>\n<p class="quiet">{_text(where)} The worst row decides, and rows count only '
-        f"when their result matched fp64.</p>\n<div class=scroll><table><thead><tr><th>what</th><th>target</th><th>measured</th>"
-        f"<th></th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>\n</section>"
-    )
+    where += " The worst row decides, and rows count only when their result matched fp64."
+    head = "<tr><th>what</th><th>target</th><th>measured</th><th></th></tr>"
+    return _table("targets", "Targets", where, head, rows)
 
 
 def _missing(newest: dict[str, Results]) -> str:
@@ -191,10 +209,15 @@ def _missing(newest: dict[str, Results]) -> str:
         for file in newest.values()
         for m in series.missing(file)
     ]
-    head = '<section id="missing">\n<h2>Not measured</h2>\n<p class="quiet">Rows of this choice without times, and why.</p>'
+    words = "Rows of this choice without times, and why." if rows else "Every row of these files was measured."
+    return _table("missing", "Not measured", words, "<tr><th>workload</th><th>provider</th><th>why</th></tr>", rows)
+
+
+def _table(id: str, title: str, words: str, head: str, rows: Sequence[str]) -> str:
+    body = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
     return (
-        f"{head}\n<div class=scroll><table><thead><tr><th>workload</th><th>provider</th><th>why</th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>\n</section>"
+        f'<section id="{id}">\n<h2>{title}</h2>\n<p class="quiet">{_text(words)}</p>\n'
+        f"<div class=scroll>{body}</div>\n</section>"
     )
 
 

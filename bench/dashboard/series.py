@@ -6,8 +6,7 @@ and the PNG files are drawn from the same series.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -93,7 +92,7 @@ def speedups(file: Results) -> list[Series]:
     for group in groups(file.right):
         ours = group.ours
         for name, row in group.rows.items():
-            if ours is None or name in (OURS, "copy"):
+            if ours is None or ours.sweep or name in (OURS, "copy"):
                 continue
             series = book(_choice(file, row), name)
             (low, high), (our_low, our_high) = row.spread, ours.spread
@@ -124,7 +123,7 @@ def memory(file: Results) -> list[Series]:
     """Peak memory beyond input, output and gradients, MiB; x the memory, y the workload."""
     book = _Book()
     for row in file.right:
-        if row.peak_bytes is not None:
+        if row.peak_bytes is not None and not row.sweep:
             series = book(_choice(file, row), row.provider)
             series.x.append(row.peak_bytes / 2**20)
             series.y.append(row.label)
@@ -138,7 +137,7 @@ def errors(file: Results) -> list[Series]:
     about = {"forward": ("output",), "backward": ("grad_input", "grad_theta", "grad_grid")}
     for row in file.right:
         for tensor, error in (row.extra.get("errors") or {}).items():
-            if error is None or tensor not in about.get(row.direction, (tensor,)):
+            if error is None or row.sweep or tensor not in about.get(row.direction, (tensor,)):
                 continue
             series = book(_choice(file, row), f"{row.provider}, {tensor}")
             series.x.append(error)
@@ -148,81 +147,43 @@ def errors(file: Results) -> list[Series]:
     return book.all()
 
 
-SWEPT = ("side", "channels", "batch", "maps", "scale", "angle")
-
-
 def sweeps(file: Results) -> list[Series]:
-    """Time along one property, where at least three workloads differ in nothing else; `group` is "NAME: property"."""
-    lines: dict[tuple[str, str], list[tuple[float, Record]]] = {}
+    """Time along one property, of the workloads of a sweep; `group` says which property, in which unit."""
+    lines: dict[tuple[Choice, str, str], list[tuple[float, Record]]] = {}
     for row in file.right:
-        for axis in SWEPT:
-            place = _place(row, axis)
-            if place is not None:
-                value, rest = place
-                lines.setdefault((axis, rest), []).append((value, row))
+        if row.sweep in _SWEPT:
+            value = _SWEPT[row.sweep][1](row)
+            lines.setdefault((_choice(file, row), row.sweep, _with_layout(row)), []).append((value, row))
     book = _Book()
-    for (axis, _), points in lines.items():
-        if len({value for value, _ in points}) < 3:
-            continue
-        points.sort(key=lambda point: point[0])
-        names = [str(row.params.get("name", "")) for _, row in points]
-        title = f"{_common(names)}, {_UNITS[axis]}"
-        for value, row in points:
-            choice = _choice(file, row)
-            series = book(choice, _with_layout(row), title)
+    for (choice, sweep, name), points in lines.items():
+        title = _SWEPT[sweep][0]
+        for value, row in sorted(points, key=lambda point: point[0]):
+            series = book(choice, name, title)
             series.x.append(value)
             series.y.append(row.median * 1e3)
             series.low.append(row.spread[0] * 1e3)
             series.high.append(row.spread[1] * 1e3)
             series.notes.append(f"{row.label}: {seconds(row.median)}")
-            if row.provider == OURS and row.floor:
-                floor = book(choice, "as long as a copy", title)
-                if value not in floor.x:
-                    floor.x.append(value)
-                    floor.y.append(row.floor * 1e3)
-                    floor.notes.append(f"{row.label}: {seconds(row.floor)}")
+            if row.provider == OURS and row.floor and row.layout == "contiguous":
+                floor = book(choice, FLOOR, title)
+                floor.x.append(value)
+                floor.y.append(row.floor * 1e3)
+                floor.notes.append(f"{row.label}: {seconds(row.floor)}")
     return book.all()
 
 
-_UNITS = {
-    "side": "side of the image in pixels",
-    "channels": "channels",
-    "batch": "images",
-    "maps": "maps per image",
-    "scale": "scale of the map",
-    "angle": "angle in degrees",
+FLOOR = "as long as a copy"
+
+_SWEPT: dict[str, tuple[str, Callable[[Record], float]]] = {
+    "size": ("side of the image, pixels", lambda row: row.input_size[-1]),
+    "channels": ("channels", lambda row: row.channels),
+    "scale": (
+        "input pixels per output pixel",
+        lambda row: row.transform["scale"][0] * row.input_size[-1] / row.size[-1],
+    ),
+    "angle": ("angle, degrees", lambda row: row.transform["angle"][0]),
 }
-
-
-def _place(row: Record, axis: str) -> tuple[float, str] | None:
-    """Where a row stands along a property, and all else that decides its work."""
-    params = {name: value for name, value in row.params.items() if name not in ("name", "seed", "sweep")}
-    transform = dict(row.transform)
-    params["transform"] = transform
-    if axis == "side":
-        value = params.pop("input_size", None)
-        if not value or params.pop("size", None) != value or len(set(value)) > 1:
-            return None
-        value = value[0]
-        # A shift of so many pixels is another number at each size.
-        transform.pop("shift", None)
-    elif axis in ("scale", "angle"):
-        value = transform.pop(axis, None)
-        if not isinstance(value, list) or len(set(value)) != 1:
-            return None
-        value = value[0]
-    else:
-        value = params.pop(axis, None)
-    if not isinstance(value, (int, float)):
-        return None
-    return value, json.dumps(params | {"direction": row.direction}, sort_keys=True)
-
-
-def _common(names: Sequence[str]) -> str:
-    """What the names of a sweep begin with."""
-    first, last = min(names), max(names)
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:length].rstrip("_-0123456789") or "workloads"
+"""What is varied, in words, and its value."""
 
 
 def _with_layout(row: Record) -> str:
@@ -238,7 +199,7 @@ def history(files: Iterable[Results]) -> list[Series]:
     last: dict[tuple[Choice, str], tuple[Record, float]] = {}
     for file in sorted(files, key=lambda f: f.datetime):
         for row in file.right:
-            if row.provider != OURS:
+            if row.provider != OURS or row.sweep:
                 continue
             choice = _choice(file, row)
             known = last.get((choice, row.key))
