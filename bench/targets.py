@@ -307,17 +307,12 @@ def _judge(target: Target, found: Sequence[Group]) -> Verdict:
     missing = [f"{dtype} {layout}" for dtype, layout in target.covers if (dtype, layout) not in have]
     missing += [name for name, like in target.variants.items() if not any(like(record) for _, record in values)]
     if not values:
-        reason = (
-            f"{len(wrong)} rows failed"
-            if wrong
-            else f"{len(chosen)} rows, none with all that it takes"
-            if chosen
-            else ""
-        )
+        reason = f"none of {len(chosen)} rows has all that it takes" if chosen else ""
+        reason = f"failed: {', '.join(sorted({r.label for r in wrong}))}" if wrong else reason
         return Verdict(target, "not measured", "not measured", reason)
     worst, record = (max if target.at_most else min)(values, key=lambda item: item[0])
     met = sum(target.meets(value) for value, _ in values)
-    detail = [f"{met} of {len(values)} rows; worst: {record.label}, {record.dtype}, {record.direction}"]
+    detail = [f"worst: {record.label}, {record.dtype}, {record.direction}", f"{met} of {len(values)} rows meet it"]
     if left_out:
         missing.append(f"{len(left_out)} rows that were not run")
     if missing:

@@ -14,6 +14,7 @@ COLOURS = {"tri_stn": "#0f8b8d", "eager": "#e07a1f", "compile": "#8661c1", "cudn
 """Tell apart on white and on black, and by most people who see few colours: the symbols differ as well."""
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x", "cross", "star", "hexagon")
 REST = "#7b8794"
+WHISKER = "#808a94"
 LINES = ("#0f8b8d", "#e07a1f", "#8661c1", "#c1436d", "#5b8c2a", "#3f72c9", "#a8741a", "#7b8794")
 
 
@@ -26,10 +27,14 @@ def speedup(series: Sequence[Series]) -> go.Figure:
 
     figure = go.Figure()
     for s in series:
+        longest = max(float(x) for other in series if other.choice == s.choice for x in other.x)
         figure.add_bar(
             x=s.x, y=_labels(s), error_x=_spread(s.x, s.low, s.high), orientation="h", name=s.name,
             marker_color=colour(s.name), customdata=s.notes,
-            text=[f" {value:.3g}×" for value in s.x], textposition="outside", cliponaxis=False,
+            text=[f"{value:.3g}×" for value in s.x], textangle=0, insidetextanchor="start", cliponaxis=False,
+            insidetextfont={"color": "#ffffff", "size": 12}, constraintext="none",
+            # Inside, where the whiskers do not cross it; outside of bars that are too short for it.
+            textposition=["inside" if float(x) > 0.3 * longest else "outside" for x in s.x],
             hovertemplate=f"%{{y}}<br>{s.name} takes %{{x:.3g}} times as long<br>%{{customdata}}<extra></extra>",
             **_of(s),
         )  # fmt: skip
@@ -156,7 +161,7 @@ def _spread(values: Sequence[float | str], low: Sequence[float], high: Sequence[
         return None
     middle = [float(value) for value in values]
     return {
-        "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
+        "type": "data", "symmetric": False, "thickness": 1.2, "width": 3, "color": WHISKER,
         "array": [max(0, h - m) for h, m in zip(high, middle, strict=True)],
         "arrayminus": [max(0, m - b) for b, m in zip(low, middle, strict=True)],
     }  # fmt: skip

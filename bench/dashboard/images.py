@@ -145,7 +145,8 @@ def _history(shown: Sequence[Series]) -> Figure:
         axes.plot(x, y, marker=".", linewidth=1)
         worse = [i for i, marked in enumerate(s.marked) if marked]
         axes.plot([x[i] for i in worse], [y[i] for i in worse], "X", color="#d11f2f", markersize=9)
-        axes.annotate(s.name, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", fontsize=6, va="center")
+        for i in worse:
+            axes.annotate(s.name, (x[i], y[i]), xytext=(8, 0), textcoords="offset points", fontsize=7, va="center")
     axes.set_xticks(range(len(order)), [x.replace("<br>", "\n") for x in order], fontsize=7)
     axes.set_ylabel("tri_stn's time, first commit = 1")
     axes.margins(x=0.15)

@@ -211,9 +211,10 @@ def history(files: Iterable[Results]) -> list[Series]:
             series.y.append(row.median / first)
             series.low.append(row.spread[0] / first)
             series.high.append(row.spread[1] / first)
-            worse = bool(known and slower(known[0], row))
+            worse = known is not None and slower(known[0], row)
             series.marked.append(worse)
-            series.notes.append(f"{row.label}: {seconds(row.median)}{', slower than before' if worse else ''}")
+            before = f", {seconds(known[0].median)} before" if known else ""
+            series.notes.append(f"{row.label}: {seconds(row.median)}{before}")
             last[choice, row.key] = row, first
     return book.all()
 
