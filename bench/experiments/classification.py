@@ -244,10 +244,10 @@ def report(
     places = [list(study.scenes).index(scene) for scene in scenes]
     test = [
         [model, f"{results[model, scenes[0]][0]['parameters']:,}"]
-        + [f"{spread(errors(model, s))} ({study.paper[model][i]})" for s, i in zip(scenes, places, strict=True)]
+        + [f"{harness.spread(errors(model, s))} ({study.paper[model][i]})" for s, i in zip(scenes, places, strict=True)]
         for model in models
     ]
-    validation = [[model, *(spread(errors(model, s, "validation")) for s in scenes)] for model in models]
+    validation = [[model, *(harness.spread(errors(model, s, "validation")) for s in scenes)] for model in models]
     verdicts = {
         f"{model} against {plain}": {s: beats(errors(model, s), errors(plain, s)) for s in scenes}
         for model in models
@@ -287,12 +287,6 @@ def report(
     print(path.with_suffix(".md").read_text())
     print(f"Wrote {path}.json and .md{' and .png' if shown else ''}.")
     return 0 if held else 1
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean, and with several values their standard deviation."""
-    mean = statistics.fmean(values)
-    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
 def beats(one: Sequence[float], other: Sequence[float]) -> bool:
