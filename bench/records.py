@@ -234,7 +234,7 @@ def read(path: Path) -> Results:
     return Results(
         name=path.name,
         device=device,
-        gpu="device" in about and not device.startswith("cpu"),
+        gpu=not device.startswith("cpu"),
         commit=str(commit.get("id", "unknown"))[:10],
         dirty=commit.get("dirty"),
         datetime=str(document.get("datetime", "")),
