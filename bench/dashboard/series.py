@@ -233,7 +233,7 @@ class Missing:
 def missing(file: Results) -> Iterator[Missing]:
     """The rows without times, and why."""
     for record in file.records:
-        if not record.timed or not record.match:
+        if record.provider != "copy" and (not record.timed or not record.match):  # a copy has no result to compare
             reason = record.reason or (
                 "The result was not compared with fp64." if record.timed else "No reason is given."
             )
