@@ -2,7 +2,8 @@
 
 Two transformers beside each other read both channels, so that the classifier gets four: each may take care of one
 digit. ST-CNN, which the paper does not have here, is for the quick run: a thousand digits and minutes are too few for
-fully connected networks to learn sums. FCN and CNN have as many parameters as their twins. Split, scenes and schedule as in `digits`.
+fully connected networks to learn sums. FCN and CNN have as many parameters as their
+twins. Split, scenes and schedule as in `digits`.
 """
 
 from __future__ import annotations
