@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 
-from bench import measure, run
+from bench import measure, results, run
 from bench.providers import PROVIDERS
 from bench.workloads import DIRECTIONS, WORKLOADS, make_tensors
 
@@ -60,6 +60,7 @@ def test_workload(benchmark, workload, provider, direction):
 
         benchmark.group = f"{workload}/{direction}"
         benchmark.extra_info |= {"provider": provider.name, "bytes": measure.bytes_moved(workload, direction)}
+        benchmark.extra_info["device"] = results.device_name(DEVICE)
         benchmark.pedantic(timed, rounds=20 if DEVICE.type == "cuda" else 3, warmup_rounds=1)
 
 

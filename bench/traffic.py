@@ -228,8 +228,8 @@ def _candidates(w: Workload, theta: np.ndarray, x: Ints, y: Ints, mask: Ints) ->
             column = first + step
             look_x, look_y = _look(w, theta, column, row)
             hit = in_row & (column <= last)
-            for look, q in ((look_x, x), (look_y, y)):
-                hit = hit & (np.floor(look) <= q) & (q <= np.floor(look) + 1)
+            for look, pixel in ((look_x, x), (look_y, y)):
+                hit = hit & (np.floor(look) <= pixel) & (pixel <= np.floor(look) + 1)
             steps.append((row * width + column, hit))
     return steps
 

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import queue
+import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -200,6 +201,12 @@ def write_results(
         lines += [f"## {heading}", markdown(headers, rows)]
     write_whole(path.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False) + "\n")
     write_whole(path.with_suffix(".md"), "\n\n".join(lines) + "\n")
+
+
+def spread(values: Sequence[float], places: int = 2) -> str:
+    """Mean, and with several values their standard deviation."""
+    mean = f"{statistics.fmean(values):.{places}f}"
+    return f"{mean} ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else mean
 
 
 def cost_table(costs: dict[str, Cost]) -> tuple[list[str], list[list[object]]]:
