@@ -300,6 +300,19 @@ def _cpu_times(function: Callable[[], object], seconds: float) -> list[float]:
     return found
 
 
+def wall_times(function: Callable[[], object], device: torch.device, rounds: int = 10, calls: int = 20) -> list[float]:
+    """Seconds of a call with the host's part of it, on warm caches: of many calls in a row, waited for at the end."""
+    found = []
+    for _ in range(rounds + 1):  # the first is the warm-up
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append((time.perf_counter() - start) / calls)
+    return found[1:]
+
+
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
     """Bytes per second, read and written, of a large copy on the device."""
     copy, moved = device_copy(device)

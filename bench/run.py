@@ -14,6 +14,10 @@ from .results import Row
 from .workloads import Tensors, Workload, make_tensors
 
 
+LAUNCH_BOUND = 1e-3
+"""Seconds on the device below which the host's part of a call is measured as well."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One workload and the providers that run it side by side, on the same tensors."""
@@ -112,9 +116,10 @@ def _measure(row: Row, forward: Forward | None, tensors: Tensors, share: float, 
         return replace(row, match=False, failed=True, reason="The result is too far from the fp64 truth.")
     call = measure.call(forward, tensors, row.direction)
     peak = measure.peak_bytes(call, settings.device)
-    return replace(
-        row, match=True, times=measure.times(call, settings.device, settings.seconds), peak_bytes=peak
-    )  # fmt: skip
+    row = replace(row, match=True, times=measure.times(call, settings.device, settings.seconds), peak_bytes=peak)
+    if settings.device.type == "cuda" and row.median < LAUNCH_BOUND:
+        return replace(row, wall=measure.wall_times(call, settings.device))
+    return row
 
 
 def _all_left_out(job: Job, settings: Settings, reason: str) -> list[Row]:

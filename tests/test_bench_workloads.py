@@ -171,6 +171,15 @@ def test_the_limit_is_a_row_that_moves_the_least_bytes():
     assert row.times
 
 
+def test_the_host_s_part_of_a_call_stands_beside_the_device_s():
+    calls = []
+    wall = measure.wall_times(lambda: calls.append(1), CPU, rounds=3, calls=4)
+    assert (len(wall), len(calls)) == (3, 16)
+    row = next(iter(_rows(OF_KIND["affine", 2], TRI_STN).values()))
+    assert "wall" not in row.to_json()["extra_info"]  # a CPU's times have it in them
+    assert replace(row, wall=wall).to_json()["extra_info"]["wall"]["median"] > 0
+
+
 def test_what_does_not_fit_is_left_out_and_says_why(monkeypatch):
     workload = FIRST["frame_4k"]
     monkeypatch.setattr(measure, "available_memory", lambda: workload.memory - 1)
