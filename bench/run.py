@@ -13,7 +13,6 @@ from .providers import Forward, Provider, copy_of
 from .results import Row
 from .workloads import Tensors, Workload, make_tensors
 
-
 LAUNCH_BOUND = 1e-3
 """Seconds on the device below which the host's part of a call is measured as well."""
 

@@ -42,7 +42,7 @@ def test_workload(benchmark, workload, provider, direction):
     reason = provider.available(workload, DEVICE) or run.too_large(workload, DEVICE)
     if direction == "double" and not provider.twice:
         reason = reason or f"The backward pass of {provider.name} cannot be differentiated."
-    if reason is not None:
+    if reason:
         pytest.skip(reason)
     tensors, truth, standards = _prepare(workload)
     limits = standards[provider.rounds_grid]
