@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench``, and after it ``gpu``, ``resources`` or ``precision``."""
+"""The command line: ``python -m bench``, and after it nothing, or one of the commands that its ``--help`` lists."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .records import Results
     from .results import Row
 
 
@@ -26,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(main=_bench)
     parser.add_argument("--list", action="store_true", help="name the workloads and stop")
     parser.add_argument("--workload", action="append", metavar="TEXT", help="only workloads with this in their name")
+    parser.add_argument("--sweeps", action="store_true", help="also the sweeps over size, channels, scale and angle")
     parser.add_argument("--provider", action="append", choices=PROVIDERS, help="only these providers")
     parser.add_argument("--direction", action="append", choices=DIRECTIONS, help="only these directions")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
@@ -52,19 +54,81 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ("float32", "bfloat16", "float16", "float64")
     resources.add_argument("--dtype", action="append", choices=dtypes, help="default: float32 and bfloat16")
 
+    traffic = commands.add_parser("traffic", help="sectors and lines that warps and programs touch; needs no GPU")
+    traffic.set_defaults(main=_traffic)
+    traffic.add_argument("name", metavar="WORKLOAD", help="all workloads with this in their name")
+    traffic.add_argument("--tile", action="append", type=_block, metavar="WxH", help="default: what the kernels take")
+    traffic.add_argument("--programs", type=int, default=256, metavar="N", help="how many are counted (default: 256)")
+    traffic.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
     precision = commands.add_parser("precision", help="error against fp64 by dtype and image width, beside torch's")
     precision.set_defaults(main=_precision)
     precision.add_argument("--width", action="append", type=int, metavar="PIXELS", help="only these image widths")
     precision.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     precision.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     precision.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
+    _add_readers(commands)
     return parser
+
+
+def _add_readers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands that measure nothing, and read what was measured."""
+    from .compare import RULE, THRESHOLD
+
+    compare = commands.add_parser(
+        "compare",
+        help="what changed between two results files beyond the noise; exit status 1 on a regression",
+        description="What changed from A to B, files of python -m bench or of pytest --benchmark-json.",
+        epilog=RULE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.set_defaults(main=_compare)
+    compare.add_argument("before", type=Path, metavar="A.json")
+    compare.add_argument("after", type=Path, metavar="B.json")
+    compare.add_argument("--threshold", type=_share, default=THRESHOLD, metavar="SHARE", help=f"default: {THRESHOLD}")
+
+    targets = commands.add_parser(
+        "targets",
+        help="each target of speed and memory: met, not met or not measured; exit status 0 when all are met",
+        description="What a results file says of each target. Only rows of a GPU whose result matched fp64 count.",
+    )
+    targets.set_defaults(main=_targets)
+    targets.add_argument(
+        "results", type=Path, nargs="?", metavar="RESULTS.json", help="default: the newest committed one of a GPU"
+    )
+
+    dashboard = commands.add_parser(
+        "dashboard",
+        help="one HTML page, in one file, of everything that was measured",
+        description="Write index.html, which needs no network. pip install 'tri_stn[dashboard]' brings the plots.",
+    )
+    dashboard.set_defaults(main=_dashboard)
+    dashboard.add_argument(
+        "results", type=Path, nargs="*", metavar="RESULTS", help="files or folders; default: bench/results"
+    )
+    dashboard.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the page goes")
+    dashboard.add_argument("--png", action="store_true", help="also speedup.png, roofline.png, memory.png, history.png")
+    for name, example in (("device", "its name"), ("dtype", "as float32"), ("direction", "as both")):
+        dashboard.add_argument(f"--{name}", metavar="NAME", help=f"what the page opens with and --png shows, {example}")
+
+
+def _share(text: str) -> float:
+    if not (number := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"takes a share, such as 0.05; got {text}.")
+    return number
 
 
 def _positive(text: str) -> float:
     if not (number := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"takes a number of seconds above zero; got {text}.")
     return number
+
+
+def _block(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) * int(height) in (32, 64, 128, 256, 512)):
+        raise argparse.ArgumentTypeError(f"takes a tile such as 16x8, of 32 to 512 pixels, a power of two; got {text}.")
+    return int(width), int(height)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -75,9 +139,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     from .providers import PROVIDERS
     from .report import track
     from .run import Settings, plan, run
-    from .workloads import DIRECTIONS, WORKLOADS
+    from .workloads import DIRECTIONS, SWEEPS, WORKLOADS
 
-    chosen = [w for w in WORKLOADS if not arguments.workload or any(text in str(w) for text in arguments.workload)]
+    # Sweeps come last, so that a run that is cut short has the workloads; a name picks from all.
+    every = WORKLOADS + SWEEPS if arguments.sweeps or arguments.workload or arguments.list else WORKLOADS
+    chosen = [w for w in every if not arguments.workload or any(text in str(w) for text in arguments.workload)]
     if not chosen:
         return _refuse("No workload has that in its name; python -m bench --list names them all.")
     if arguments.list:
@@ -101,7 +167,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     path = folder / results.file_name(device, commit) if folder else None
 
     seconds = arguments.seconds or (0.05 if on_cpu else 0.1)
-    limit = arguments.time_limit or (90 if on_cpu else 420)
+    limit = arguments.time_limit or (150 if on_cpu else 420)
     bandwidth = copy_bandwidth(device, seconds)
     print(
         f"{results.device_name(device)}: a large copy moves {bandwidth / 1e9:.1f} GB/s, read and written.", flush=True
@@ -156,6 +222,7 @@ def _command(arguments: argparse.Namespace) -> str:
         value = getattr(arguments, option)
         for item in value if isinstance(value, list) else [value] if value else []:
             words += [f"--{option.replace('_', '-')}", str(item)]
+    words += ["--sweeps"] * arguments.sweeps
     return shlex.join(words)
 
 
@@ -187,6 +254,31 @@ def _resources(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _traffic(arguments: argparse.Namespace) -> int:
+    from . import traffic
+    from .report import markdown, table
+    from .workloads import SWEEPS, WORKLOADS
+
+    if arguments.programs < 1:
+        return _refuse(f"--programs takes at least 1; got {arguments.programs}.")
+    chosen = [w for w in WORKLOADS + SWEEPS if arguments.name in str(w) and not w.deterministic]
+    if not chosen:
+        return _refuse("No workload has that in its name; python -m bench --list names them all.")
+    if reasons := [reason for w in chosen if (reason := traffic.unavailable(w))]:
+        return _refuse(reasons[0])
+    print("Counted, not measured: no time follows from these numbers.")
+    for workload in chosen:
+        rows: list[traffic.Traffic] = []
+        try:
+            for block in arguments.tile or [None]:
+                rows += traffic.count(workload, block, arguments.programs)
+        except ValueError as error:
+            return _refuse(str(error))
+        print(f"\n{workload}\n")
+        print((markdown if arguments.markdown else table)(traffic.HEADERS, map(traffic.cells, rows)))
+    return 0
+
+
 def _precision(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -206,6 +298,63 @@ def _precision(arguments: argparse.Namespace) -> int:
         write_whole(arguments.json, precision.to_json(rows, name) + "\n")
     print(f"Measured on {name}. Errors are relative to the largest number of each tensor in fp64.\n")
     print((markdown if arguments.markdown else table)(precision.HEADERS, map(precision.cells, rows)))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .compare import compare
+    from .records import ResultsError, read
+
+    try:
+        text, status = compare(read(arguments.before), read(arguments.after), arguments.threshold)
+    except ResultsError as sentence:
+        return _refuse(str(sentence))
+    print(text)
+    return status
+
+
+def _targets(arguments: argparse.Namespace) -> int:
+    from .records import ResultsError, read, shelf
+    from .report import table
+    from .results import RESULTS
+    from .targets import judge
+
+    try:
+        if arguments.results:
+            results: Results | None = read(arguments.results)
+        else:
+            on_gpu = [file for file in map(read, shelf(RESULTS, committed=True)) if file.gpu]
+            results = max(on_gpu, key=lambda file: file.datetime, default=None)
+    except ResultsError as sentence:
+        return _refuse(str(sentence))
+    if results is None:
+        print("There are no results of a GPU in bench/results: nothing is measured.\n")
+    else:
+        not_gpu = "" if results.gpu else " These are no results of a GPU, and only those count."
+        print(f"{results.name}: {results.device}, commit {results.commit}, {results.versions}.{not_gpu}\n")
+    verdicts = judge(results)
+    cells = [(v.status, v.target.words, v.measured, v.target.what, v.detail) for v in verdicts]
+    print(table(("", "target", "measured", "what", "rows"), cells))
+    counts = [f"{sum(v.status == status for v in verdicts)} {status}" for status in ("met", "not met", "not measured")]
+    print(f"\n{', '.join(counts)}.")
+    return int(any(v.status != "met" for v in verdicts))
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    import importlib.util
+
+    from .dashboard import write
+    from .records import ResultsError
+
+    for package, needed in (("plotly", True), ("matplotlib", arguments.png)):
+        if needed and importlib.util.find_spec(package) is None:
+            return _refuse(f"The dashboard needs {package}: pip install 'tri_stn[dashboard]'.")
+    choice = {name: getattr(arguments, name) for name in ("device", "dtype", "direction")}
+    try:
+        written = write(arguments.results, arguments.out, arguments.png, choice)
+    except ResultsError as sentence:
+        return _refuse(str(sentence))
+    print(*(f"Wrote {path}." for path in written), sep="\n")
     return 0
 
 

@@ -11,11 +11,13 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .maps import Fields, Kept
 from .workloads import Tensors, Workload
 
 Forward = Callable[[], Tensor]
@@ -31,22 +33,37 @@ class Provider:
     """Rounds the sampling grid to the image's dtype, as torch's own sampler must."""
     slow_to_build: bool = False
     """Takes seconds before the first call returns: such providers go last, so that they cannot starve the others."""
+    twice: bool = True
+    """Whether its backward pass can be differentiated."""
+    is_limit: bool = False
+    """Computes nothing: moves as many bytes as the workload has to, from one place to another."""
 
 
-def torch_warp(input: Tensor, theta: Tensor, workload: Workload) -> Tensor:
-    """`F.affine_grid` and `F.grid_sample`, as well as they can be put together.
+def torch_warp(input: Tensor, theta: Tensor, workload: Workload, kept: Kept) -> Tensor:
+    """The maps' grid in plain torch and `F.grid_sample`, as well as they can be put together.
 
     The K grids of an image are stacked into one tall grid: no copies of the image, and the output
     is a view. The grid is computed in theta's dtype and then rounded to the image's, as
-    `F.grid_sample` takes no other.
+    `F.grid_sample` takes no other. `kept` is what the maps' `kept` gave.
     """
-    n, (height, width) = input.shape[0], workload.size
-    k = theta.numel() // (n * 6)
-    grid = F.affine_grid(theta.view(-1, 2, 3), [n * k, 1, height, width], align_corners=workload.align_corners)
-    grid = grid.view(n, k * height, width, 2).to(input.dtype)
-    output = F.grid_sample(input, grid, workload.mode, workload.padding_mode, workload.align_corners)
-    output = output.view(n, -1, k, height, width).transpose(1, 2)
-    return output.view(*theta.shape[:-2], *output.shape[2:])
+    n, size, dims = input.shape[0], workload.size, len(workload.size)
+    shape = workload.transform.shape(size)
+    lead = theta.shape[: theta.dim() - len(shape)]
+    k = math.prod(lead) // n
+    grid = workload.transform.grid(theta.reshape(-1, *shape), kept, size, workload.align_corners)
+    if k > 1:
+        grid = grid.reshape(n, k * size[0], *size[1:], dims)
+    output = F.grid_sample(
+        input, grid.to(input.dtype), workload.mode, workload.padding_mode, workload.align_corners
+    )  # fmt: skip
+    if k > 1:
+        output = output.unflatten(2, (k, size[0])).transpose(1, 2)
+    return output.reshape(*lead, *output.shape[-dims - 1 :])
+
+
+def keep(workload: Workload, like: Tensor) -> Kept:
+    """What users of torch make once for the workload's maps, on the device and in the dtype of `like`."""
+    return workload.transform.kept(workload.size, workload.input_size, workload.align_corners, like.detach())
 
 
 def _build_tri_stn(workload: Workload, tensors: Tensors) -> Forward:
@@ -55,7 +72,7 @@ def _build_tri_stn(workload: Workload, tensors: Tensors) -> Forward:
     def forward() -> Tensor:
         return tri_stn.warp(
             tensors.input,
-            tri_stn.Affine(tensors.theta),
+            workload.transform.transform(tensors.theta),
             workload.size,
             mode=workload.mode,
             padding_mode=workload.padding_mode,
@@ -66,7 +83,8 @@ def _build_tri_stn(workload: Workload, tensors: Tensors) -> Forward:
 
 
 def _build_eager(workload: Workload, tensors: Tensors) -> Forward:
-    return lambda: torch_warp(tensors.input, tensors.theta, workload)
+    kept = keep(workload, tensors.theta)
+    return lambda: torch_warp(tensors.input, tensors.theta, workload, kept)
 
 
 def _build_compile(workload: Workload, tensors: Tensors) -> Forward:
@@ -76,8 +94,37 @@ def _build_compile(workload: Workload, tensors: Tensors) -> Forward:
     torch.compiler.reset()
     # The backward alone is timed on one graph again and again, so its buffers must not be given away.
     functorch.donated_buffer = False
+    kept = keep(workload, tensors.theta)
     compiled = torch.compile(torch_warp, fullgraph=True, dynamic=False)
-    return lambda: compiled(tensors.input, tensors.theta, workload)
+    return lambda: compiled(tensors.input, tensors.theta, workload, kept)
+
+
+def _build_cudnn(workload: Workload, tensors: Tensors) -> Forward:
+    w, input = workload, tensors.input
+
+    def forward() -> Tensor:
+        grid = torch.cudnn_affine_grid_generator(tensors.theta, w.batch, w.channels, *w.size)
+        return torch.cudnn_grid_sampler(input, grid.to(input.dtype))
+
+    return forward
+
+
+def _build_kornia(workload: Workload, tensors: Tensors) -> Forward:
+    """kornia's functions in normalised coordinates; of a flow its `remap`, in pixels."""
+    from kornia.geometry import transform
+
+    w, input, theta = workload, tensors.input, tensors.theta
+    options: Any = {"mode": w.mode, "padding_mode": w.padding_mode, "align_corners": w.align_corners}
+    if isinstance(w.transform, Fields):
+        y, x = torch.meshgrid(*(torch.arange(n, device=theta.device) for n in w.size), indexing="ij")
+        return lambda: transform.remap(input, x + theta[..., 0], y + theta[..., 1], **options)
+    last = theta.new_tensor([[[0, 0, 1]]]).expand(w.batch, -1, -1)
+
+    def project() -> Tensor:
+        matrix = theta if w.transform.kind == "projective" else torch.cat([theta, last], 1)
+        return transform.homography_warp(input, matrix, (w.size[0], w.size[1]), **options)
+
+    return project
 
 
 def _tri_stn_available(workload: Workload, device: torch.device) -> str | None:
@@ -87,6 +134,8 @@ def _tri_stn_available(workload: Workload, device: torch.device) -> str | None:
 
 
 def _eager_available(workload: Workload, device: torch.device) -> str | None:
+    if device.type == "cuda" and workload.deterministic and workload.gradients:
+        return "torch's grid_sample has no deterministic backward pass on CUDA."
     # Read past the end of an image and crashed, in torch 2.13.
     reach = math.prod(workload.input_size) * (workload.channels if workload.layout == "channels_last" else 1)
     if device.type == "cpu" and workload.itemsize == 2 and reach >= 2**15:
@@ -100,10 +149,44 @@ def _compile_available(workload: Workload, device: torch.device) -> str | None:
     return _eager_available(workload, device)
 
 
+def _cudnn_available(workload: Workload, device: torch.device) -> str | None:
+    w = workload
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "cuDNN runs on NVIDIA GPUs."
+    if not torch.backends.cudnn.is_available():
+        return "This torch has no cuDNN."
+    convention = w.align_corners and w.padding_mode == "zeros" and w.mode == "bilinear"
+    if w.transform.kind != "affine" or len(w.size) != 2 or not convention:
+        return "cuDNN's spatial transformer is affine, 2-D and bilinear, with zeros padding and align_corners=True."
+    if w.maps > 1 or w.dtype == "bfloat16" or w.layout != "contiguous" or w.channels > 1024:
+        return "cuDNN's spatial transformer takes one map per image, contiguous, at most 1024 channels, no bf16."
+    if w.deterministic:
+        return "Nothing says that cuDNN's spatial transformer is deterministic."
+    return None
+
+
+def _kornia_available(workload: Workload, device: torch.device) -> str | None:
+    w, kind = workload, workload.transform.kind
+    if importlib.util.find_spec("kornia") is None:
+        return "kornia is not installed: pip install kornia."
+    if w.dtype != "float32":
+        return "kornia makes the grid in the image's dtype, with a map of that dtype; it is compared in fp32."
+    if w.maps > 1:
+        return "kornia takes one map per image."
+    flow = kind == "displacement" and w.align_corners
+    if len(w.size) == 3 or not (flow or kind in ("affine", "projective")):
+        # Its homography_warp3d means another grid; its warp_image_tps gives no other size than the image's.
+        return "kornia has no function that means the same; it is compared in 2-D: affine, projective, and remap."
+    return _eager_available(workload, device)
+
+
 TRI_STN = Provider("tri_stn", _tri_stn_available, _build_tri_stn)
 EAGER = Provider("eager", _eager_available, _build_eager, rounds_grid=True)
-COMPILE = Provider("compile", _compile_available, _build_compile, rounds_grid=True, slow_to_build=True)
-PROVIDERS = {provider.name: provider for provider in (TRI_STN, EAGER, COMPILE)}
+COMPILE = Provider("compile", _compile_available, _build_compile, rounds_grid=True, slow_to_build=True, twice=False)
+CUDNN = Provider("cudnn", _cudnn_available, _build_cudnn, twice=False)
+KORNIA = Provider("kornia", _kornia_available, _build_kornia, rounds_grid=True)
+COPY = Provider("copy", lambda *_: None, lambda w, t: t.input.clone, is_limit=True)
+PROVIDERS = {provider.name: provider for provider in (TRI_STN, EAGER, COPY, CUDNN, KORNIA, COMPILE)}
 
 
 def device_copy(device: torch.device) -> tuple[Callable[[], Tensor], int]:
@@ -111,3 +194,9 @@ def device_copy(device: torch.device) -> tuple[Callable[[], Tensor], int]:
     numel = 2**28 if device.type == "cuda" else 2**25
     source, target = torch.zeros(2, numel, device=device).unbind()
     return lambda: target.copy_(source), 2 * source.nbytes
+
+
+def copy_of(moved: int, device: torch.device) -> Callable[[], Tensor]:
+    """A copy that reads and writes so many bytes in all: what a workload's least traffic takes."""
+    source, target = torch.zeros(2, max(1, moved // 2), dtype=torch.int8, device=device).unbind()
+    return lambda: target.copy_(source)

@@ -43,6 +43,8 @@ class Row:
     limits: dict[str, float] = field(default_factory=dict)
     times: Sequence[float] = ()
     """Seconds of each call."""
+    wall: Sequence[float] = ()
+    """On a GPU, where the device takes less than a millisecond: seconds of a call with the host's part."""
     bytes: int = 0
     """The least that must go through memory."""
     floor: float = 0.0
@@ -84,6 +86,8 @@ class Row:
             "fraction_of_floor": self.fraction_of_floor,
             "peak_bytes": self.peak_bytes,
         }
+        if self.wall:
+            extra["wall"] = stats(self.wall)
         return row | {"stats": stats(self.times), "extra_info": extra}
 
 

@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 
-from bench import measure
+from bench import measure, results, run
 from bench.providers import PROVIDERS
 from bench.workloads import DIRECTIONS, WORKLOADS, make_tensors
 
@@ -33,30 +33,35 @@ def _prepare(workload):
         pytest.param(workload, provider, direction, id=f"{workload}-{name}-{direction}")
         for workload in CHOSEN
         for name, provider in PROVIDERS.items()
+        if not provider.is_limit
         if DEVICE.type == "cuda" or not provider.slow_to_build  # on a CPU, python -m bench compiles
         for direction in workload.directions
     ],
 )
 def test_workload(benchmark, workload, provider, direction):
-    reason = provider.available(workload, DEVICE)
-    if reason is not None:
+    reason = provider.available(workload, DEVICE) or run.too_large(workload, DEVICE)
+    if direction == "double" and not provider.twice:
+        reason = reason or f"The backward pass of {provider.name} cannot be differentiated."
+    if reason:
         pytest.skip(reason)
     tensors, truth, standards = _prepare(workload)
     limits = standards[provider.rounds_grid]
-    forward = provider.build(workload, tensors)
-    errors = measure.errors(measure.evaluate(forward, tensors), truth, tensors.clear)
-    assert measure.matches(errors, limits, direction), f"too far from the fp64 truth: {errors}, allowed: {limits}"
+    with measure.settings_of(workload):
+        forward = provider.build(workload, tensors)
+        errors = measure.errors(measure.evaluate(forward, tensors, provider.twice), truth, tensors.clear)
+        assert measure.matches(errors, limits, direction), f"too far from the fp64 truth: {errors}, allowed: {limits}"
 
-    call = measure.call(forward, tensors, direction)
+        call = measure.call(forward, tensors, direction)
 
-    def timed() -> None:
-        call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize(DEVICE)
+        def timed() -> None:
+            call()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize(DEVICE)
 
-    benchmark.group = f"{workload}/{direction}"
-    benchmark.extra_info |= {"provider": provider.name, "bytes": measure.bytes_moved(workload, direction)}
-    benchmark.pedantic(timed, rounds=20 if DEVICE.type == "cuda" else 3, warmup_rounds=1)
+        benchmark.group = f"{workload}/{direction}"
+        benchmark.extra_info |= {"provider": provider.name, "bytes": measure.bytes_moved(workload, direction)}
+        benchmark.extra_info["device"] = results.device_name(DEVICE)
+        benchmark.pedantic(timed, rounds=20 if DEVICE.type == "cuda" else 3, warmup_rounds=1)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -115,6 +115,17 @@ def test_readme_names_tests_that_exist():
         assert name in functions, f"README.md names {file}::{name}, which does not exist"
 
 
+def test_readmes_training_script_is_short_and_runs():
+    """With a few steps of its thousand: the network has learned nothing yet."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (script,) = (block for block in blocks if "optimizer.step()" in block)
+    assert len(script.splitlines()) <= 40 and "range(1000)" in script
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    assert "of the test digits are read right" in python(
+        script.replace("range(1000)", "range(3)"), "/", env=environment
+    )
+
+
 def imports(file):
     """Names of the modules that a file imports, relative ones with their dots."""
     for node in ast.walk(ast.parse(file.read_text())):

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import queue
+import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,7 +131,7 @@ def run(jobs: Sequence[Job], work: Work, arguments: argparse.Namespace) -> list[
             progress.update(task, completed=sum(shares), description=jobs[index].title)
 
         # A GPU takes one after the other; each CPU core has its own.
-        workers = 1 if arguments.device.type != "cpu" else min(len(jobs), len(os.sched_getaffinity(0)))
+        workers = 1 if arguments.device.type != "cpu" else min(len(jobs), _cores())
         if workers <= 1:
             return [
                 work(job, file, lambda share, i=i: report(i, share))  # type: ignore[misc]
@@ -148,6 +149,11 @@ def run(jobs: Sequence[Job], work: Work, arguments: argparse.Namespace) -> list[
                 pool.shutdown(cancel_futures=True)
                 raise
             return [future.result() for future in futures]
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_process(work: Work, job: Job, file: Path, channel: Any, index: int) -> dict[str, Any]:
@@ -195,6 +201,12 @@ def write_results(
         lines += [f"## {heading}", markdown(headers, rows)]
     write_whole(path.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False) + "\n")
     write_whole(path.with_suffix(".md"), "\n\n".join(lines) + "\n")
+
+
+def spread(values: Sequence[float], places: int = 2) -> str:
+    """Mean, and with several values their standard deviation."""
+    mean = f"{statistics.fmean(values):.{places}f}"
+    return f"{mean} ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else mean
 
 
 def cost_table(costs: dict[str, Cost]) -> tuple[list[str], list[list[object]]]:

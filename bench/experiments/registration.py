@@ -296,8 +296,8 @@ def report(
 
     def table(part: str) -> list[list[object]]:
         return [
-            [stage, *(spread([r[part]["dice"][stage][label] for r in found]) for label in LABELS),
-             spread([mean_dice(r, stage, part) for r in found])]
+            [stage, *(harness.spread([r[part]["dice"][stage][label] for r in found], 3) for label in LABELS),
+             harness.spread([mean_dice(r, stage, part) for r in found], 3)]
             for stage in STAGES
         ]  # fmt: skip
 
@@ -329,12 +329,6 @@ def report(
     draw(path.with_suffix(".png"), jobs[0], arguments)
     print(f"Wrote {path}.json, .md and .png.")
     return 0 if rises and document["costs"]["losses_agree"] else 1
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean, and with several values their standard deviation."""
-    mean = statistics.fmean(values)
-    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 # --- the picture -------------------------------------------------------------------------------------
