@@ -420,7 +420,9 @@ def print_tables(
         table.add_row(name, f"{peak:.1f}")
     console.print(table)
     if device.type == "cpu":
-        console.print("On the CPU tri_stn is plain PyTorch, in chunks; its kernels run on GPUs.")
+        console.print(
+            "On the CPU tri_stn reads through torch's own sampler, a part of the grid at a time; its kernels run on GPUs."
+        )
 
 
 if __name__ == "__main__":
