@@ -421,7 +421,7 @@ def print_tables(
     console.print(table)
     if device.type == "cpu":
         console.print(
-            "On the CPU tri_stn reads through torch's own sampler, a part of the grid at a time; its kernels run on GPUs."
+            "On the CPU tri_stn takes torch's own sampler, a part of the grid at a time; its kernels run on GPUs."
         )
 
 
