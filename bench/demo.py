@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +31,10 @@ from torch import Tensor, nn
 
 import tri_stn
 
+from .experiments import harness
 from .experiments.classification import count_parameters
 from .experiments.data import SIDE, Images, distorted, epoch_batch, load_digits, similarity
-from .experiments.training import Training
+from .experiments.training import Training, now
 from .measure import peak_bytes
 
 CANVAS, WINDOW = 40, 24
@@ -136,9 +135,9 @@ class Learner:
 
     def step(self, device: torch.device) -> None:
         self.training.batch(self.training.done)  # made before the clock starts
-        start = _now(device)
+        start = now(device)
         self.training.step()
-        self.seconds += _now(device) - start
+        self.seconds += now(device) - start
 
     @torch.no_grad()
     def error(self, scenes: Scenes) -> float:
@@ -191,12 +190,6 @@ def rotation_spread(net: SpatialTransformerNet, scenes: Scenes) -> tuple[float, 
 
 def _batches(scenes: Scenes, size: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(scenes.images.split(size), scenes.labels.split(size), strict=True))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # --- the sampler's memory --------------------------------------------------------------------------
@@ -307,13 +300,8 @@ def draw(plain: Learner, transformer: Learner, scenes: Scenes, path: Path) -> No
         curves.spines[["top", "right"]].set_visible(False)
         curves.grid(axis="y", color="#e4e7eb")
         curves.legend(frameon=False, loc="upper right")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            figure.savefig(temporary, format="png", dpi=120)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-            plt.close(figure)
+        harness.save_figure(figure, path, dpi=120)
+        plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -335,14 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"The demo needs {error.name}, which is not installed: pip install -e .[demo]", file=sys.stderr)
         return 2
-    name = arguments.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch without CUDA asserts
-        parser.error(f"device {name!r} is not available here; try --device cpu.")
+    device = harness.device(parser, arguments.device)
     # Networks this small gain little from threads, lose much when cores are shared, and repeat exactly on one.
     torch.set_num_threads(1)
     demo(arguments.out, arguments.epochs, arguments.seed, device)

@@ -183,13 +183,13 @@ def write(path: Path, about: dict[str, Any], rows: Sequence[Row], complete: bool
     write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write all of a text file or none of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write all of a file, text as UTF-8, or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

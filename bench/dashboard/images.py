@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records import Results
+from ..results import write_whole
 from . import series
 from .figures import colour
 from .series import Choice, Series
@@ -44,21 +45,9 @@ def write_images(files: Sequence[Results], choice: Choice, folder: Path) -> list
 
 
 def _save(figure: Figure, path: Path) -> None:
-    import os
-    import tempfile
-
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.getvalue())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(path, data.getvalue())
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -62,14 +63,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     missing = [name for name in ("matplotlib", "rich", "sklearn") if _is_missing(name)]
     if missing:
         parser.error(f"this needs {', '.join(missing)}, which is not installed: pip install -e .[demo]")
-    name = arguments.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        arguments.device = torch.device(name)
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError):  # torch without CUDA asserts
-        parser.error(f"device {name!r} is not available here; try --device cpu.")
+    arguments.device = device(parser, arguments.device)
     if arguments.out.exists() and not arguments.out.is_dir():
         parser.error(f"--out must be a folder; {arguments.out} is a file.")
     if len(set(arguments.seeds)) < len(arguments.seeds):
@@ -78,6 +72,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         # Networks this small gain little from threads, lose much when cores are shared, and repeat exactly on one.
         torch.set_num_threads(1)
     return arguments
+
+
+def device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """The device of a name, "auto" for a GPU if there is one; where it is not there, the parser says so."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+        parser.error(f"device {name!r} is not available here; try --device cpu.")
+    return found
 
 
 def _is_missing(module: str) -> bool:
@@ -237,13 +243,9 @@ def agreement(costs: dict[str, Cost]) -> str:
 
 def save_figure(figure: Any, path: Path, dpi: int = 110) -> None:
     """Write a matplotlib figure, all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=dpi, facecolor="white")
+    write_whole(path, data.getvalue())
 
 
 def stem(name: str, arguments: argparse.Namespace) -> Path:

@@ -5,8 +5,8 @@ And what the sampler costs in it: the same first steps with `tri_stn.warp` and w
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..measure import peak_bytes
+from ..results import write_whole
 from .samplers import SAMPLERS
 
 SAVE_EVERY = 20.0
@@ -74,13 +75,9 @@ class Training:
 
     def _save(self, path: Path) -> None:
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "schedule")}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.save(state | {"done": self.done, "losses": self.losses}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        data = io.BytesIO()
+        torch.save(state | {"done": self.done, "losses": self.losses}, data)
+        write_whole(path, data.getvalue())
 
     def _load(self, path: Path) -> None:
         state = torch.load(path, map_location=next(self.model.parameters()).device)
@@ -108,9 +105,9 @@ def costs(make: Callable[[str], Training], device: torch.device, steps: int = 50
         training.model.train()
         times = []
         for _ in range(min(steps, training.steps)):
-            start = _now(device)
+            start = now(device)
             training.step()
-            times.append(_now(device) - start)
+            times.append(now(device) - start)
 
         peak = peak_bytes(_pass(training), device)
         found[sampler] = Cost(1000 * statistics.median(times), (peak or 0) / 2**20, training.losses)
@@ -129,7 +126,8 @@ def loss_difference(found: dict[str, Cost]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True)) / abs(one[0])
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
