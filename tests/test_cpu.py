@@ -337,3 +337,63 @@ def test_one_image_on_several_threads(served, case, fixed):
     assert torch.equal(found[0][0], found[1][0]) and all(served)
     for one, several in zip(*found, strict=True):
         torch.testing.assert_close(several, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+ROWS = [
+    Case(channels=16, arrangement="channels_last", **options.values[0])
+    for options in OPTIONS
+    if options.values[0].get("dtype", torch.float32) in (torch.float32, torch.float64)
+] + [
+    Case(kind="pixel_displacement", channels=17, arrangement="channels_last", padding_mode="border"),
+    Case(kind="projective", channels=16, maps=3, images=2, arrangement="channels_last", dtype=torch.float64),
+    Case(size=(3, 4, 5), input_size=(4, 3, 6), channels=16, arrangement="channels_last", maps=2),
+]
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_many_channels_beside_each_other_are_read_by_rows(backend, served, case):
+    """Homographies that reach infinity, too: coordinates are the reference's."""
+    compare(case, *case.tensors())
+    assert not served
+
+
+def test_rows_of_pixels_that_nobody_reads_spoil_nothing(backend):
+    """Neither NaN nor infinity, in the corner pixel that stands for those outside, or beside a sample."""
+    image = torch.full((1, 16, 4, 4), float("nan")).to(memory_format=torch.channels_last)
+    image[:, :, :, 2] = float("inf")
+    image[:, :, :, 3] = 1
+    theta = torch.tensor([[[1.0, 0.0, 1.4], [0.0, 0.9, 0.1]]])
+    output = tri_stn.warp(image, tri_stn.Affine(theta), (4, 4))  # columns 2.8, 3.8, 4.8, 5.8
+    assert output[0, :, 1:3, 0].isposinf().all() and output[0, :, 1:3, 1].isfinite().all()
+    assert (output[..., 2:] == 0).all()
+    theta[..., 0, 2] += 0.5
+    theta.requires_grad_()
+    (grad,) = torch.autograd.grad(tri_stn.warp(image, tri_stn.Affine(theta), (4, 4)).sum(), theta)
+    assert grad.isfinite().all() and grad.any()
+
+
+@pytest.mark.parametrize("more", ["supersample", "mask", "fill", "tangent", "slice"])
+def test_rows_do_all_that_the_reference_does(backend, more, monkeypatch):
+    case = Case(channels=16, arrangement="channels_last", kind="projective")
+    image, parameters, _ = case.tensors()
+    if more == "slice":
+        image = image.repeat(1, 1, 1, 2)[..., : case.input_size[1]]
+    extra = {"supersample": {"supersample": 2}, "mask": {"return_mask": True}, "fill": {"fill": 0.5}}.get(more, {})
+
+    def results():
+        def warp(image, parameters):
+            found = tri_stn.warp(image, case.transform(parameters), case.size, **extra)
+            return found if isinstance(found, tuple) else (found,)
+
+        if more == "tangent":
+            return torch.func.jvp(warp, (image, parameters), (image.cos(), parameters.cos()))[1]
+        leaves = image.clone().requires_grad_(), parameters.clone().requires_grad_()
+        output = warp(*leaves)
+        return *output, *torch.autograd.grad(output[0].square().sum(), leaves)
+
+    rows = results()
+    monkeypatch.setattr(tri_stn.cpu_rows, "suits", lambda *_: False)
+    monkeypatch.setattr(tri_stn.ops, "_is_plain", lambda *_: False)
+    for got, expected in zip(rows, results(), strict=True):
+        assert got.stride() == expected.stride()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
