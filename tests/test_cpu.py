@@ -318,6 +318,8 @@ def test_the_backward_of_a_spline_in_blocks_reads_what_the_forward_read(backend,
         Case(images=1, size=(63, 90), input_size=(30, 31), kind="displacement", channels=5),
         Case(images=1, size=(16, 17, 18), input_size=(9, 10, 11), kind="grid"),
         Case(images=1, size=(67, 90), input_size=(30, 31)),
+        Case(images=1, maps=60, size=(13, 17), input_size=(30, 31)),
+        Case(images=1, maps=61, size=(13, 17), input_size=(30, 31), kind="grid"),
     ],
     ids=str,
 )

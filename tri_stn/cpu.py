@@ -63,16 +63,17 @@ def warp(
     output = None
     for part in parts:
         source, grid = input[part.images].to(maps.dtype), maps.grid(part)
-        bands = _bands(grid) if len(source) == 1 else 1
+        # Whole maps, or rows of one.
+        bands = _bands(grid, part.together if part.together > 1 else grid.shape[1]) if len(source) == 1 else 1
         if len(source) == 1:
             source = source.expand(len(grid) * bands, *source.shape[1:])
         found = sample(source, _in_bands(grid, bands), *options)
-        if bands > 1:
+        if part.together > 1:
+            found = found.unflatten(2, (part.together // bands, -1)).transpose(1, 2).flatten(0, 1)
+        elif bands > 1:
             found = found.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        elif part.together > 1:
-            found = found.unflatten(2, (part.together, -1)).transpose(1, 2).flatten(0, 1)
         if len(parts) == 1:
-            return found.to(input.dtype, memory_format=layout)
+            return found.to(input.dtype).contiguous(memory_format=layout)
         if output is None:
             output = torch.empty((maps.count, input.shape[1], *size), dtype=input.dtype, memory_format=layout)
         output[part.first : part.last, :, part.start : part.stop] = found
@@ -106,7 +107,8 @@ def warp_backward(
         source, grid, grad = input[part.images].to(dtype), maps.grid(part), grad_output[part.first : part.last]
         grad = grad[:, :, part.start : part.stop].to(dtype)
         # Each band has an image of its own, added up below: as many as take no more than a grid and its gradient.
-        bands = _bands(grid, 1 + 2 * grid.numel() // source.numel() if need_input else None) if len(source) == 1 else 1
+        most = 1 + 2 * grid.numel() // source.numel() if need_input else None
+        bands = _bands(grid, grid.shape[1], most) if len(source) == 1 else 1
         if part.together > 1:
             grad = grad.unflatten(0, (-1, part.together)).transpose(1, 2).flatten(2, 3)
         if bands > 1:
@@ -143,13 +145,13 @@ def _is_alone(images: Tensor) -> bool:
     return len(images) == 1 and torch.get_num_threads() > 1
 
 
-def _bands(grid: Tensor, most: int | None = None) -> int:
-    """Into how many bands of as many rows the grid of one image falls, so that all threads have one."""
+def _bands(grid: Tensor, rows: int, most: int | None = None) -> int:
+    """Into how many bands of as many rows, or maps, the one grid of an image falls, so that all threads have one."""
     threads = torch.get_num_threads()
     if threads == 1 or len(grid) > 1 or grid.numel() < 2**13:
         return 1
     counts = range(threads, min(8 * threads, most or 8 * threads) + 1)
-    return next((count for count in counts if grid.shape[1] % count == 0), 1)
+    return next((count for count in counts if rows % count == 0), 1)
 
 
 def _in_bands(grid: Tensor, bands: int) -> Tensor:

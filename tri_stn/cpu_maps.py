@@ -24,6 +24,8 @@ from .points import parse, pixels_per_unit
 
 CHUNK_BYTES = 2**23
 """Working memory: the grid of a whole output up to this size; of a part of it, with what is read there."""
+SMALL = 2**10
+"""Pixels of an output that fill few of ATen's vectors."""
 FAR = 1e4
 """Numbers of a map beyond this are left to the reference: ATen's CPU sampler takes 32-bit pixels."""
 
@@ -110,14 +112,14 @@ class Maps:
             grids = 1
         each = grids * self.dims * math.prod(self.size) * self.dtype.itemsize
         if (each + copied * beside) * self.count <= limit:
-            return [Part(slice(None), 0, self.count, 0, height, 1 if rows and self.count == k else k)]
+            return [Part(slice(None), 0, self.count, 0, height, self._together(self.count, rows))]
         each += beside
         step = limit // each
         if step >= k:
             starts = range(0, self.count, step // k * k)
             ends = [min(start + starts.step, self.count) for start in starts]
             return [
-                Part(slice(a // k, b // k), a, b, 0, height, 1 if rows and b - a == k else k)
+                Part(slice(a // k, b // k), a, b, 0, height, self._together(b - a, rows))
                 for a, b in zip(starts, ends, strict=True)
             ]
         step = max(1, step)
@@ -125,12 +127,20 @@ class Maps:
         if self.kind == _SPLINE:
             band = max(1, band // self._block) * self._block
         return [
-            Part(slice(image, image + 1), a, b, start, min(start + band, height), 1 if rows else b - a)
+            Part(slice(image, image + 1), a, b, start, min(start + band, height), self._together(b - a, rows))
             for image in range(self.count // k)
             for a in range(image * k, (image + 1) * k, step)
             for b in [min(a + step, (image + 1) * k)]
             for start in range(0, height, band)
         ]
+
+    def _together(self, maps: int, apart: bool) -> int:
+        """How many of a part's maps share a grid: those of an image, where there are several images. Those of one image
+        may stay apart, which is slower where each fills few vectors.
+        """
+        if maps > self.per_image:
+            return self.per_image
+        return 1 if apart and math.prod(self.size) > SMALL else maps
 
     def grid(self, part: Part) -> Tensor:
         """Where a part's maps look: normalised, (maps / together, together * (stop - start), …, d)."""
