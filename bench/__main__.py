@@ -334,7 +334,7 @@ def _targets(arguments: argparse.Namespace) -> int:
         print(f"{results.name}: {results.device}, commit {results.commit}, {results.versions}.{not_gpu}\n")
     verdicts = judge(results)
     cells = [(v.status, v.target.words, v.measured, v.target.what, v.detail) for v in verdicts]
-    print(table(("", "target", "measured", "what", "rows"), cells))
+    print(table(("verdict", "target", "measured", "what", "rows"), cells))
     counts = [f"{sum(v.status == status for v in verdicts)} {status}" for status in ("met", "not met", "not measured")]
     print(f"\n{', '.join(counts)}.")
     return int(any(v.status != "met" for v in verdicts))
