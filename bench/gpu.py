@@ -31,7 +31,8 @@ TOTAL_SECONDS = 520
 """For all parts together; what is left of nine minutes is for starting and stopping."""
 LAST_JOB_SECONDS = 60
 """For what the benchmark is at when its time is over: a workload's tensors, truth and compilations."""
-PASSED = "passed.json"
+PASSED = "passed"
+"""A file of the folder; not named as a file of results is."""
 SANITIZER = "compute-sanitizer"
 
 
@@ -103,7 +104,7 @@ def main(out: Path, commit: str | None = None) -> int:
             passed.append(outcome.part)
             remember(out, about, passed)
     for outcome in outcomes:
-        if outcome.failed:
+        if outcome.failed and outcome.log:
             print(f"\n── the end of {outcome.log} ──")
             print(*(out / outcome.log).read_text(errors="replace").splitlines()[-30:], sep="\n")
     print()

@@ -16,6 +16,7 @@ import torch
 from bench import gpu, measure, results, run, targets
 from bench.__main__ import main
 from bench.providers import EAGER, PROVIDERS, Provider
+from bench.records import shelf
 from bench.workloads import SWEEPS, WORKLOADS, make_tensors
 
 CPU = torch.device("cpu")
@@ -58,6 +59,7 @@ def test_a_further_gpu_run_skips_what_passed_of_the_same_commit_device_and_versi
     first = about(("abc", False))
     gpu.remember(tmp_path, first, ["tests"])
     assert gpu.passed_before(tmp_path, first | {"datetime": "later"}) == ["tests"]
+    assert not shelf(tmp_path)  # what reads the folder's results does not take it for one
     parts = gpu.parts(tmp_path, "abc", ["tests"])
     assert [part.name for part in parts if "passed" in part.skipped] == ["tests"]
     assert [part.name for part in parts if part.stops_itself] == ["bench"] == [parts[-1].name]
