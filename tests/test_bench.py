@@ -5,6 +5,7 @@ rows.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -69,6 +70,29 @@ def test_a_further_gpu_run_skips_what_passed_of_the_same_commit_device_and_versi
     for unnamed in (about(("abc", True)), about(("unknown", None))):
         gpu.remember(tmp_path / "unnamed", unnamed, ["tests"])
         assert gpu.passed_before(tmp_path / "unnamed", unnamed) == []
+
+
+def test_the_same_gpu_command_again_gives_its_time_to_what_has_not_passed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results, "device_name", lambda device: "test device")
+    real, status = gpu.parts, {"tests": 0, "sanitizer": 1, "bench": 0}
+
+    def parts(*arguments):
+        return [
+            replace(part, command=[sys.executable, "-c", f"raise SystemExit({status[part.name]})"],
+                    skipped=part.skipped if "passed" in part.skipped else "")
+            for part in real(*arguments)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(gpu, "parts", parts)
+    assert gpu.main(tmp_path, "abc") == 1
+    assert "tests: passed" in (text := capsys.readouterr().out) and "Nothing of the benchmark is measured" in text
+    status |= {"tests": 1, "sanitizer": 0}  # the tests are not run again
+    assert gpu.main(tmp_path, "abc") == 0
+    assert re.findall(r"^(\w+): (passed|skipped)", capsys.readouterr().out, re.MULTILINE) == [
+        ("tests", "skipped"), ("sanitizer", "passed"), ("bench", "passed"),
+    ]  # fmt: skip
+    assert gpu.main(tmp_path, "abd") == 1  # another commit: everything
 
 
 def test_a_gpu_run_says_how_far_it_has_come(tmp_path):
