@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--provider", action="append", choices=PROVIDERS, help="only these providers")
     parser.add_argument("--direction", action="append", choices=DIRECTIONS, help="only these directions")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--variant", choices=("full", "small"), help="default: full on cuda, small on the CPU")
+    parser.add_argument("--variant", choices=("full", "few", "small"), help="default: full on cuda, small on the CPU")
     parser.add_argument("--seconds", type=_positive, metavar="S", help="timing of one row, about")
     parser.add_argument(
         "--time-limit", type=_positive, metavar="S", help="leave out rows that would come after so long"
@@ -163,6 +163,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(1)  # so little work does not feed more, and waiting for them is what would be timed
         chosen = [workload.small() for workload in chosen]
         print("Scaled-down workloads: these times say nothing about the full ones.")
+    elif arguments.variant == "few":
+        chosen = [workload.few() for workload in chosen]
+        print("Fewer images than in the full workloads, and all else as it is there.")
 
     # A part of the benchmark must not take the place of the whole on the results' shelf.
     partial = arguments.workload or arguments.provider or arguments.direction

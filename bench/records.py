@@ -102,7 +102,7 @@ class Record:
 
     @property
     def full(self) -> bool:
-        """Not a scaled-down stand-in."""
+        """Not a scaled-down stand-in, nor a few images of it."""
         return self.params.get("variant", "full") == "full"
 
     @property
@@ -146,7 +146,7 @@ class Record:
         if self.layout and self.layout != "contiguous":
             parts.append(self.layout)
         parts += [
-            word for word in ("deterministic", "small") if word == self.params.get("variant") or self.params.get(word)
+            word for word in ("deterministic", "few", "small") if word == self.params.get("variant") or self.params.get(word)
         ]
         return ", ".join(parts)
 

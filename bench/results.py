@@ -148,7 +148,14 @@ def _git(folder: Path, *command: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:  # Linux; elsewhere torch and Python know the architecture alone
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.partition(":")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = ""
+    return " ".join(["cpu", *model.split(), platform.machine()])
 
 
 def describe(device: torch.device, commit: Commit, command: str, copy_bandwidth: float) -> dict[str, Any]:

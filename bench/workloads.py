@@ -48,7 +48,8 @@ class Workload:
     sweep: str = ""
     """What the workloads of one sweep differ in."""
     variant: str = "full"
-    """"small" marks a scaled-down stand-in, never to be compared with the full one."""
+    """"few" has fewer images, and all else as it is; "small" marks a scaled-down stand-in, which says nothing about the
+    full one. Neither is compared with another."""
 
     def __str__(self) -> str:
         parts = [self.name, self.dtype, self.layout] + ["deterministic"] * self.deterministic
@@ -89,6 +90,11 @@ class Workload:
         tensors = self.image_elements + self.output_elements
         grid = self.batch * self.maps * math.prod(self.size) * len(self.size)
         return tensors * (4 * self.itemsize + 3 * 8) * (2 if self.second else 1) + grid * (3 * 8 + 3 * 4)
+
+    def few(self) -> Workload:
+        """The same with no more images than a CPU reads in seconds, but two at least: a thread takes one."""
+        most = max(self.image_elements, self.output_elements) // self.batch
+        return replace(self, batch=min(self.batch, max(2, 2**22 // most)), variant="few")
 
     def small(self) -> Workload:
         """A stand-in that a CPU finishes in a moment: the same kind of work, much less of it."""

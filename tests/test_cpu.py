@@ -56,7 +56,7 @@ from test_warp import (  # noqa: F401
 
 import tri_stn
 from bench.measure import peak_bytes
-from tri_stn import cpu
+from tri_stn import cpu, cpu_maps
 from tri_stn.testing import Case
 
 MILD = torch.tensor([[1.1, 0.2, 0.1], [-0.1, 0.9, -0.2], [0.1, -0.2, 1.3]])
@@ -117,9 +117,11 @@ def test_common_cases_are_served_and_right(served, case, chunk_bytes, monkeypatc
     tensors = mild(case)
     whole = results(case, *tensors)[0]
     if chunk_bytes is not None:
-        monkeypatch.setattr(cpu, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", chunk_bytes)
     compare(case, *tensors)
-    assert torch.equal(results(case, *tensors)[0], whole)
+    # ATen rounds bicubic otherwise in the last vector of a part than in the others.
+    one_ulp = 2**-22 if case.mode == "bicubic" else 0.0
+    torch.testing.assert_close(results(case, *tensors)[0], whole, rtol=0, atol=one_ulp)
     assert all(served)
 
 
@@ -140,7 +142,7 @@ def test_equals_the_reference(backend, case, monkeypatch):
         ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)),
         ((-1.0, 0.0, 0.0), (0.0, 0.7, 0.1)),
         ((0.0, 9 / 13, 0.0), (13 / 9, 0.0, 0.0)),
-        ((1.0, 13 / 9, 0.0), (0.0, 1.0, 0.1)),
+        ((1.0, 9 / 13, 0.0), (0.0, 1.0, 0.1)),
         ((0.8, 0.1, float("nan")), (0.3, 0.7, 0.1)),
         ((0.8, 0.1, 0.3), (0.3, -float("inf"), 0.1)),
         ((0.8, 0.1, 0.3), (0.3, 2e4, 0.1)),
@@ -188,7 +190,7 @@ def test_a_grid_with_one_bad_number_is_the_references(served):
 @pytest.mark.parametrize("kind", ["affine", "projective", "grid"])
 def test_the_backward_in_parts_reads_what_the_forward_read(backend, kind, monkeypatch):
     """Parts of rows forward, whole images backward: each pixel's gradient counts its reads."""
-    monkeypatch.setattr(cpu, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", 3000)
     case = Case(kind=kind, images=1, channels=1, input_size=(17, 31), size=(60, 50), mode="nearest")
     _, parameters, _ = mild(case)
     numbers = torch.arange(1.0, 17 * 31 + 1).view(1, 1, 17, 31).requires_grad_()
@@ -224,7 +226,7 @@ def test_large_outputs_take_less_memory_than_torchs(backend):
 
     for measure in (lambda warp: (warp().detach(),), step):
         mine, others = (peak_bytes(functools.partial(measure, warp), torch.device("cpu")) for warp in (ours, torchs))
-        assert mine < 2.1 * cpu.CHUNK_BYTES and mine < 0.7 * others
+        assert mine < 2.1 * cpu_maps.CHUNK_BYTES and mine < 0.7 * others
 
 
 def test_autocast_leaves_the_grid_alone(backend):
@@ -250,3 +252,150 @@ def test_a_jacobian_maps_over_the_outputs_gradient_alone(backend, kind):
         rows.append(torch.autograd.grad(output(*tensors), tensors, one))
     for got, *expected in zip(torch.func.jacrev(output, (0, 1))(image, parameters), *rows, strict=True):
         torch.testing.assert_close(got.flatten(0, 3), torch.stack(expected))
+
+
+def spline(images=3, maps=None, bend=0.1, dtype=torch.float64, scale=0.8):
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.tensor([[-0.9, -0.8], [0.8, -0.9], [-0.7, 0.9], [0.9, 0.7], [0.1, -0.2]], dtype=dtype)
+    lead = (images,) if maps is None else (images, maps)
+    noise = torch.rand(*lead, 5, 2, generator=generator, dtype=dtype) - 0.5
+    return targets, (targets * scale + bend * noise).requires_grad_()
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 3000, 300], ids=["whole", "images", "rows"])
+@pytest.mark.parametrize("maps", [None, 2])
+@pytest.mark.parametrize("images", [1, 3])
+def test_splines_of_one_set_of_targets_are_served_and_right(served, images, maps, chunk_bytes, monkeypatch):
+    targets, sources = spline(images, maps)
+    image = torch.rand(images, 2, 9, 11, dtype=torch.float64, requires_grad=True)
+
+    def results():
+        output = tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, sources), (12, 7))
+        grad = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+        return output, *torch.autograd.grad(output, (image, sources), grad)
+
+    whole = results()
+    if chunk_bytes is not None:
+        monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", chunk_bytes)
+    fast = results()
+    assert served == [True] * 4
+    monkeypatch.setattr(tri_stn.ops, "_is_plain", lambda *_: False)
+    for a, b, expected in zip(whole, fast, results(), strict=True):
+        torch.testing.assert_close(a, expected)
+        torch.testing.assert_close(b, expected)
+
+
+def test_splines_with_targets_of_their_own_or_none_of_their_own_bends_are_the_references(served):
+    image = torch.rand(2, 1, 9, 11)
+    targets, sources = spline(2, dtype=torch.float32)
+    own = tri_stn.ThinPlateSpline(targets, sources).parameters.detach().clone()
+    own[1, :10] += 0.1
+    size = (9, 11)
+    options = "thin_plate[5]", "bilinear", "zeros", False, 1
+    torch.ops.tri_stn.warp(image, own[:, None], None, None, size, "", *options)
+    tri_stn.warp(image, tri_stn.ThinPlateSpline(*spline(2, bend=0, dtype=torch.float32, scale=1.0)), size)
+    tri_stn.warp(image, tri_stn.ThinPlateSpline(*spline(2, bend=0, dtype=torch.float32, scale=0.83)), size)
+    assert served == [False, False, True]
+
+
+def test_the_backward_of_a_spline_in_blocks_reads_what_the_forward_read(backend, monkeypatch):
+    """Blocks of terms, parts of rows forward, the whole image backward: each pixel's gradient counts its reads."""
+    monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", 8000)
+    targets, sources = spline(1, 3, dtype=torch.float32)
+    numbers = torch.arange(1.0, 17 * 31 + 1).view(1, 1, 17, 31).requires_grad_()
+    output = tri_stn.warp(numbers, tri_stn.ThinPlateSpline(targets, sources), (61, 50), mode="nearest")
+    (reads,) = torch.autograd.grad(output.sum(), numbers)
+    counted = output.detach().flatten().long().bincount(minlength=numbers.numel() + 1)[1:]
+    assert torch.equal(counted, reads.flatten().long())
+
+
+@pytest.mark.parametrize("fixed", ["nothing", "image", "map"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(images=1, size=(60, 90), input_size=(30, 31)),
+        Case(images=1, maps=3, size=(40, 90), input_size=(30, 31), kind="projective"),
+        Case(images=1, size=(63, 90), input_size=(30, 31), kind="displacement", channels=5),
+        Case(images=1, size=(16, 17, 18), input_size=(9, 10, 11), kind="grid"),
+        Case(images=1, size=(67, 90), input_size=(30, 31)),
+        Case(images=1, maps=60, size=(13, 17), input_size=(30, 31)),
+        Case(images=1, maps=61, size=(13, 17), input_size=(30, 31), kind="grid"),
+    ],
+    ids=str,
+)
+def test_one_image_on_several_threads(served, case, fixed):
+    """In bands of rows, where they can be equal: what one thread finds, but for the order of sums."""
+    image, parameters, grad = mild(case)
+    tensors = image.requires_grad_(fixed != "image"), parameters.requires_grad_(fixed != "map")
+    wanted = [t for t in tensors if t.requires_grad]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            output = tri_stn.warp(image, case.transform(parameters), case.size, **case.options)
+            found.append((output.detach(), *torch.autograd.grad(output, wanted, grad)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0][0], found[1][0]) and all(served)
+    for one, several in zip(*found, strict=True):
+        torch.testing.assert_close(several, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+ROWS = [
+    Case(channels=16, arrangement="channels_last", **options.values[0])
+    for options in OPTIONS
+    if options.values[0].get("dtype", torch.float32) in (torch.float32, torch.float64)
+] + [
+    Case(kind="pixel_displacement", channels=17, arrangement="channels_last", padding_mode="border"),
+    Case(kind="projective", channels=16, maps=3, images=2, arrangement="channels_last", dtype=torch.float64),
+    Case(size=(3, 4, 5), input_size=(4, 3, 6), channels=16, arrangement="channels_last", maps=2),
+]
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_many_channels_beside_each_other_are_read_by_rows(backend, served, case):
+    """Homographies that reach infinity, too: coordinates are the reference's."""
+    compare(case, *case.tensors())
+    assert not served
+
+
+def test_rows_of_pixels_that_nobody_reads_spoil_nothing(backend):
+    """Neither NaN nor infinity, in the corner pixel that stands for those outside, or beside a sample."""
+    image = torch.full((1, 16, 4, 4), float("nan")).to(memory_format=torch.channels_last)
+    image[:, :, :, 2] = float("inf")
+    image[:, :, :, 3] = 1
+    theta = torch.tensor([[[1.0, 0.0, 1.4], [0.0, 0.9, 0.1]]])
+    output = tri_stn.warp(image, tri_stn.Affine(theta), (4, 4))  # columns 2.8, 3.8, 4.8, 5.8
+    assert output[0, :, 1:3, 0].isposinf().all() and output[0, :, 1:3, 1].isfinite().all()
+    assert (output[..., 2:] == 0).all()
+    theta[..., 0, 2] += 0.5
+    theta.requires_grad_()
+    (grad,) = torch.autograd.grad(tri_stn.warp(image, tri_stn.Affine(theta), (4, 4)).sum(), theta)
+    assert grad.isfinite().all() and grad.any()
+
+
+@pytest.mark.parametrize("more", ["supersample", "mask", "fill", "tangent", "slice"])
+def test_rows_do_all_that_the_reference_does(backend, more, monkeypatch):
+    case = Case(channels=16, arrangement="channels_last", kind="projective")
+    image, parameters, _ = case.tensors()
+    if more == "slice":
+        image = image.repeat(1, 1, 1, 2)[..., : case.input_size[1]]
+    extra = {"supersample": {"supersample": 2}, "mask": {"return_mask": True}, "fill": {"fill": 0.5}}.get(more, {})
+
+    def results():
+        def warp(image, parameters):
+            found = tri_stn.warp(image, case.transform(parameters), case.size, **extra)
+            return found if isinstance(found, tuple) else (found,)
+
+        if more == "tangent":
+            return torch.func.jvp(warp, (image, parameters), (image.cos(), parameters.cos()))[1]
+        leaves = image.clone().requires_grad_(), parameters.clone().requires_grad_()
+        output = warp(*leaves)
+        return *output, *torch.autograd.grad(output[0].square().sum(), leaves)
+
+    rows = results()
+    monkeypatch.setattr(tri_stn.cpu_rows, "suits", lambda *_: False)
+    monkeypatch.setattr(tri_stn.ops, "_is_plain", lambda *_: False)
+    for got, expected in zip(rows, results(), strict=True):
+        assert got.stride() == expected.stride()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, cpu_rows, reference
 
 _OPTIONS = "str kind, str mode, str padding_mode, bool align_corners, int supersample"
 _MAP = "Tensor parameters, Tensor? auxiliary, Tensor? fill"
@@ -75,7 +75,8 @@ def _warp_forward(
     size: Sequence[int], project: str, return_mask: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = (input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
-    if _is_plain(input, *tensors[2:], *options) and not project and not return_mask:
+    rows = cpu_rows.suits(input, is_channels_last(input))
+    if not rows and _is_plain(input, *tensors[2:], *options) and not project and not return_mask:
         output_layout = _CHANNELS_LAST[input.dim()] if is_channels_last(input) else torch.contiguous_format
         plain = cpu.warp(input, parameters, size, output_layout, *options[:-1])
         if plain is not None:
@@ -83,7 +84,7 @@ def _warp_forward(
     output, mask = _allocate_output(*tensors, size, project, return_mask)
     if output.numel():
         with torch.cuda.device_of(input):  # where Triton launches; for CPU tensors it does nothing
-            _backend(input).gather(
+            _backend(input, rows).gather(
                 output, *tensors, mask=mask if return_mask else None, **_named(options), **_projection(project, size)
             )
     elif mask.numel():  # no channels, and a mask all the same
@@ -135,7 +136,8 @@ def _warp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = (grad_output, input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
     needs = (need_input, need_parameters, need_auxiliary)
-    if _is_plain(grad_output, *tensors[3:], *options):
+    rows = cpu_rows.suits(grad_output, channels_last)
+    if not rows and _is_plain(grad_output, *tensors[3:], *options):
         layout = _CHANNELS_LAST[grad_output.dim()] if need_input and channels_last else torch.contiguous_format
         plain_gradients = cpu.warp_backward(*tensors[:3], input_size, layout, *needs[:2], *options[:-1])
         if plain_gradients is not None:
@@ -154,7 +156,7 @@ def _warp_backward(
         return gradients
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     with torch.cuda.device_of(grad_output):
-        _backend(grad_output).adjoint(*wanted, *tensors, **_named(options), deterministic=is_deterministic())
+        _backend(grad_output, rows).adjoint(*wanted, *tensors, **_named(options), deterministic=is_deterministic())
     return gradients
 
 
@@ -243,10 +245,12 @@ def _is_plain(
     return auxiliary is None and fill is None and input_tangent is None and parameters_tangent is None
 
 
-def _backend(image: Tensor) -> ModuleType:
-    """Where a tensor's work is done: the kernels, or the reference on the CPU."""
+def _backend(image: Tensor, rows: bool = False) -> ModuleType:
+    """Where a tensor's work is done: the kernels, or on the CPU the reference, of pixels that may be rows."""
     if image.device.type == "cpu":
-        return kernels() if os.environ.get("TRITON_INTERPRET") == "1" else reference
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return kernels()
+        return cpu_rows if rows else reference
     if image.device.type == "cuda":
         return kernels()
     raise NotImplementedError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -379,13 +379,52 @@ INTERPOLATIONS = {
 }
 
 
+# --- access to an image's pixels, one tap of all samples at a time ---------------------------------
+
+
+@dataclass(frozen=True)
+class Access:
+    """How pixels are read and added to; `cpu_rows` has another way for images of many channels."""
+
+    read: Callable[[Tensor, Iterable[tuple[Corner, Tensor]]], Tensor]
+    """Images (M, C, *size), corners and their weights (M, K, P) → sums (M, C, K, P)."""
+    add: Callable[[Tensor, Iterable[tuple[Corner, Tensor]], Tensor], None]
+    """Adds weights times samples (M, C, K, P) to images."""
+    dots: Callable[[Tensor, Sequence[Corner], Tensor], Iterable[Tensor]]
+    """For each corner, its pixels' products with samples (M, C, K, P), summed over channels: (M, K, P)."""
+    tensors: int = 4
+    """How many tensors as large as the samples there are at a time, about."""
+
+
+def _weighted_sum(image: Tensor, taps: Iterable[tuple[Corner, Tensor]]) -> Tensor:
+    total = torch.zeros((), dtype=compute_dtype(image.dtype))
+    for corner, weight in taps:
+        value = _read(image, corner).to(total.dtype)
+        total = total + weight[:, None] * torch.where(corner.inside[:, None], value, 0)
+    return total
+
+
+def _add_weighted(image: Tensor, taps: Iterable[tuple[Corner, Tensor]], samples: Tensor) -> None:
+    for corner, weight in taps:
+        added = torch.where(corner.inside[:, None], weight[:, None] * samples, 0)
+        image.flatten(2).scatter_add_(2, corner.flat(image).expand_as(added).flatten(2), added.flatten(2))
+
+
+def _dots(image: Tensor, corners: Sequence[Corner], samples: Tensor) -> Iterator[Tensor]:
+    for corner in corners:
+        yield (_read(image, corner).to(samples.dtype) * samples).sum(1)
+
+
+PLAIN = Access(_weighted_sum, _add_weighted, _dots)
+
+
 # --- the two operations ----------------------------------------------------------------------------
 
 
 def gather(
     output: Tensor, input: Tensor, parameters: Tensor, auxiliary: Tensor | None = None, fill: Tensor | None = None,
     input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
-    *, mask: Tensor | None = None, project: str = "", depth: int = 1, **options: Any,
+    *, mask: Tensor | None = None, project: str = "", depth: int = 1, access: Access = PLAIN, **options: Any,
 ) -> None:  # fmt: skip
     """Fill output (M * K, C, *size) from input (M, C, *input_size) and parameters (M, K, …).
 
@@ -404,17 +443,13 @@ def gather(
     for input, parameters, input_tangent, parameters_tangent, output, auxiliary, mask in _same_batch(*together):
         shape = torch.Size((*output.shape[:2], *size))
         motion = parameters, parameters_tangent
-        for chunk in sampling.chunks(shape, input, *motion, 0, auxiliary, layers=depth if project else 1):
+        layers = depth if project else 1
+        for chunk in sampling.chunks(shape, access, input, *motion, 0, auxiliary, layers=layers):
             if chunk.begins:
                 result = largest = covered = missing = torch.zeros((), dtype=chunk.dtype)
-            total = torch.zeros((), dtype=chunk.dtype)
-            for corner in chunk.corners():
-                weight = corner.weight() if chunk.t is None else corner.weight_jvp()
-                value = _read(input, corner).to(chunk.dtype)  # (M, C, K, P)
-                total = total + weight[:, None] * torch.where(corner.inside[:, None], value, 0)
-                if input_tangent is not None:
-                    value = _read(input_tangent, corner).to(chunk.dtype)
-                    total = total + corner.weight()[:, None] * torch.where(corner.inside[:, None], value, 0)
+            total = access.read(input, chunk.taps())
+            if input_tangent is not None:
+                total = total + access.read(input_tangent, ((corner, corner.weight()) for corner in chunk.corners()))
             if fill is not None:
                 coverage = chunk.covered()
                 outside = (1 - coverage.weight() if chunk.t is None else -coverage.weight_jvp())[:, None]
@@ -429,7 +464,7 @@ def gather(
             elif chunk.share is not None:
                 result = result + torch.where(chunk.share[:, None] > 0, chunk.share[:, None] * total, 0)
             else:
-                result = result + total
+                result = total if chunk.begins else result + total
             if chunk.ends:
                 part = slice(chunk.pixels.start, chunk.pixels.stop)
                 result = (result / depth if project == "mean" else result).transpose(1, 2).flatten(0, 1)
@@ -444,7 +479,7 @@ def adjoint(
     grad_output: Tensor, input: Tensor | None,
     parameters: Tensor, auxiliary: Tensor | None = None, fill: Tensor | None = None,
     input_tangent: Tensor | None = None, parameters_tangent: Tensor | None = None,
-    *, deterministic: bool = False, **options: Any,
+    *, deterministic: bool = False, access: Access = PLAIN, **options: Any,
 ) -> None:  # fmt: skip
     """Fill grad_input (M, C, *input_size) and grad_parameters (M, K, …), either of them or both.
 
@@ -460,13 +495,13 @@ def adjoint(
         (input, 1), (parameters, 1), (input_tangent, 1), (parameters_tangent, 1), (auxiliary, 1), (grad_field, 1),
     )  # fmt: skip
     for tensors in _same_batch(*together):
-        _adjoint(sampling, fill, *tensors)
+        _adjoint(sampling, access, fill, *tensors)
     if grad_auxiliary is not None and grad_field is not None:
         grad_auxiliary.copy_(grad_field)
 
 
 def _adjoint(
-    sampling: _Sampling, fill: Tensor | None,
+    sampling: _Sampling, access: Access, fill: Tensor | None,
     grad_input: Tensor | None, grad_parameters: Tensor | None, grad_output: Tensor, input: Tensor | None,
     parameters: Tensor, input_tangent: Tensor | None, parameters_tangent: Tensor | None,
     auxiliary: Tensor | None, grad_auxiliary: Tensor | None,
@@ -480,28 +515,26 @@ def _adjoint(
         grad_image = grad_input.zero_() if grad_input.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
     grad_coefficients = torch.zeros(parameters.shape, dtype=compute, device=parameters.device)
     order, size = int(needs_map), grad_output.shape
-    for chunk in sampling.chunks(size, image, parameters, parameters_tangent, order, auxiliary, grad_auxiliary):
+    where = parameters, parameters_tangent, order, auxiliary, grad_auxiliary
+    for chunk in sampling.chunks(size, access, image, *where):
         grad = _part(grad_output, chunk.pixels).to(compute)
         grad = grad.unflatten(0, parameters.shape[:2]).transpose(1, 2)  # (M, C, K, P)
         if chunk.share is not None:
             grad = grad * chunk.share[:, None]
         grad_x = [torch.zeros_like(x) for x in chunk.x]
         held_grad_x = [torch.zeros_like(x) for x in chunk.x]  # of the samples where they are, for a map that bends
-        for corner in chunk.corners():
-            inside = corner.inside[:, None]
-            if grad_image is not None:
-                weight = corner.weight() if chunk.t is None else corner.weight_jvp()
-                added = torch.where(inside, weight[:, None] * grad, 0)
-                grad_image.flatten(2).scatter_add_(2, corner.flat(image).expand_as(added).flatten(2), added.flatten(2))
-            if needs_map and input is not None:
-                dot = (_read(input, corner).to(compute) * grad).sum(1)
+        if grad_image is not None:
+            access.add(grad_image, chunk.taps(), grad)
+        corners = list(chunk.corners()) if needs_map else []
+        if input is not None:
+            for corner, dot in zip(corners, access.dots(input, corners, grad), strict=True):
                 for axis in range(len(chunk.x)):
                     slope = corner.slope(axis) if chunk.t is None else corner.slope_jvp(axis)
                     grad_x[axis] += torch.where(corner.inside, slope * dot, 0)
                     if chunk.tangents is not None and transform.map_vjp_jvp is not None:
                         held_grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
-            if needs_map and input_tangent is not None:
-                dot = (_read(input_tangent, corner).to(compute) * grad).sum(1)
+        if input_tangent is not None:
+            for corner, dot in zip(corners, access.dots(input_tangent, corners, grad), strict=True):
                 for axis in range(len(chunk.x)):
                     grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
         if needs_map and input is not None and fill is not None:
@@ -539,7 +572,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Corner:
+class Corner:
     """One of the taps ** d pixels that each sample touches."""
 
     weights: list[Tensor]
@@ -610,7 +643,12 @@ class _Chunk:
     def dtype(self) -> torch.dtype:
         return self.x[0].dtype
 
-    def corners(self) -> Iterator[_Corner]:
+    def taps(self) -> Iterator[tuple[Corner, Tensor]]:
+        """All corners and what they weigh; where the coordinates move, what their weights change by."""
+        for corner in self.corners():
+            yield corner, corner.weight() if self.t is None else corner.weight_jvp()
+
+    def corners(self) -> Iterator[Corner]:
         size, interpolation = self.pixels.input_size, self.interpolation
         derivatives = [interpolation.weight, interpolation.slope, interpolation.curvature]
         axes = []  # for each, for each tap: the weight and its derivatives, the pixel, if inside
@@ -628,9 +666,9 @@ class _Chunk:
             inside = math.prod(insides[1:], start=insides[0])
             if self.share is not None:
                 inside = inside & (self.share > 0)
-            yield _Corner(weights, slopes, curvatures, self.t or [], pixel, inside)
+            yield Corner(weights, slopes, curvatures, self.t or [], pixel, inside)
 
-    def covered(self) -> _Corner:
+    def covered(self) -> Corner:
         """The share of each sample's weight that lies inside the image, before padding, as a corner whose
         weights are those of all pixels: exactly 1, without slope, where all taps are inside.
         """
@@ -648,7 +686,7 @@ class _Chunk:
             columns.append(sums)
             insides.append(inside.any(0))
         weights, slopes, curvatures = (list(column) for column in zip(*columns, strict=True))
-        return _Corner(weights, slopes, curvatures, self.t or [], [], math.prod(insides[1:], start=insides[0]))
+        return Corner(weights, slopes, curvatures, self.t or [], [], math.prod(insides[1:], start=insides[0]))
 
 
 @dataclass(frozen=True)
@@ -666,7 +704,8 @@ class _Sampling:
         return TRANSFORMS.get(self.kind) or _chain(self.kind)
 
     def chunks(
-        self, output_shape: torch.Size, image: Tensor, parameters: Tensor, tangent: Tensor | None, order: int,
+        self, output_shape: torch.Size, access: Access, image: Tensor,
+        parameters: Tensor, tangent: Tensor | None, order: int,
         auxiliary: Tensor | None = None, grad_auxiliary: Tensor | None = None, layers: int = 1,
     ) -> Iterator[_Chunk]:  # fmt: skip
         """The output in parts, and where they look; `order` derivatives of the weights, one more for a tangent.
@@ -689,7 +728,8 @@ class _Sampling:
         tangents = None if tangent is None else load(tangent)
         order += tangent is not None
         count = math.prod(size) // layers
-        step = max(1, CHUNK_ELEMENTS // (output_shape[0] * (output_shape[1] + len(size))))
+        elements = CHUNK_ELEMENTS * PLAIN.tensors // access.tensors
+        step = max(1, elements // (output_shape[0] * (output_shape[1] + len(size))))
         for start in range(0, count, step):
             stop = min(start + step, count)
             rest = torch.arange(start, stop, device=image.device)
@@ -766,7 +806,7 @@ def _part(image: Tensor, pixels: _Pixels) -> Tensor:
         return image[index]
 
 
-def _read(image: Tensor, corner: _Corner) -> Tensor:
+def _read(image: Tensor, corner: Corner) -> Tensor:
     """A corner's pixels of images (M, C, *size) of any strides, (M, C, K, P), without copying an image."""
     try:
         flat = image.view(*image.shape[:2], -1)

@@ -110,9 +110,11 @@ def _head(files: Sequence[Results], newest: dict[str, Results]) -> str:
         about = [file.versions, f"commit {file.commit}{' with changes' if file.dirty else ''}", file.datetime[:10]]
         if not file.complete:
             about.append("the run was stopped before its end")
-        small = any(not record.full for record in file.records)
-        if small:
+        variants = {record.params.get("variant") for record in file.records}
+        if "small" in variants:
             about.append("workloads marked small are scaled down, and their times say nothing about the full ones")
+        if "few" in variants:
+            about.append("workloads marked few have fewer images than the full ones, and all else as it is there")
         text = f"<strong>{_text(series.device_label(file))}</strong>: {_text('; '.join(filter(None, about)))}."
         lines.append(f'<p class="quiet" {_for(device)}>{text}</p>')
     return "\n".join(lines)

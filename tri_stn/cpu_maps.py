@@ -1,0 +1,428 @@
+"""Grids for torch's sampler on the CPU, part by part and in few passes over memory, and their gradients' way back.
+
+Grids of matrices and splines are made as planes, one for each axis, which ATen reads as fast as pairs. With columns
+along x and rows along the other axes, a matrix takes one addition for each number,
+
+    grid[row, column] = (θ_x · x[column] + θ_1) + (θ_y · y[row] + θ_z · z[row])
+
+and a spline one product of matrices with terms that all maps share. Fields stay in their own order of memory.
+
+Shape notes: B maps, R rows and W columns of an output, d dimensions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .points import parse, pixels_per_unit
+
+CHUNK_BYTES = 2**23
+"""Working memory: the grid of a whole output up to this size; of a part of it, with what is read there."""
+SMALL = 2**10
+"""Pixels of an output that fill few of ATen's vectors."""
+FAR = 1e4
+"""Numbers of a map beyond this are left to the reference: ATen's CPU sampler takes 32-bit pixels."""
+
+_MATRICES, _FIELDS, _SPLINE = ("affine", "projective"), ("grid", "displacement", "pixel_displacement"), "thin_plate"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images with all their maps, some maps of one image, or some rows of one map."""
+
+    images: slice
+    first: int
+    last: int
+    """The maps, and positions along the first axis of the output: the first and the one after the last."""
+    start: int
+    stop: int
+    together: int
+    """How many maps of an image lie below each other, in one grid."""
+
+    @property
+    def maps(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class Maps:
+    """B = M * K maps of one size."""
+
+    parameters: Tensor
+    """(B, …), in the dtype of the computation but for fields, which keep their own."""
+    per_image: int
+    kind: str
+    """Of a chain of one link, the link's name."""
+    input_size: tuple[int, ...]
+    size: tuple[int, ...]
+    align_corners: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(
+        parameters: Tensor, shape: Sequence[int], size: Sequence[int], dtype: torch.dtype,
+        kind: str, mode: str, align_corners: bool,
+    ) -> Maps | None:  # fmt: skip
+        """The maps, where they are served for images (M, C, *input_size) of a shape."""
+        dims = len(size)
+        if kind.startswith(_SPLINE) and len(parse(kind)) == 1:
+            kind = _SPLINE
+        elif kind not in _MATRICES + _FIELDS:
+            return None
+        if dims not in (2, 3) or (dims == 3 and mode == "bicubic"):
+            return None
+        if len(parameters) != shape[0] or 0 in (*shape, *size, parameters.shape[1]):
+            return None
+        flat = parameters.flatten(0, 1) if parameters.shape[1] > 1 else parameters[:, 0]
+        maps = Maps(
+            flat if kind in _FIELDS else flat.to(dtype),
+            parameters.shape[1], kind, tuple(shape[2:]), tuple(size), align_corners, dtype,
+        )  # fmt: skip
+        return maps if maps._is_served(mode) else None
+
+    @property
+    def dims(self) -> int:
+        return len(self.size)
+
+    @property
+    def count(self) -> int:
+        return len(self.parameters)
+
+    def parts(self, channels: int, forward: bool, copied: bool, rows: bool = True) -> list[Part]:
+        """The whole where its grids, one or with its gradient two, are small; else parts for which they are, with what
+        a map's output or image takes beside, which counts for the whole too if it is `copied`. In `rows`, or with all
+        maps of an image together, as the gradient of an image wants them.
+        """
+        beside = channels * math.prod(self.size if forward else self.input_size) * self.dtype.itemsize
+        grids = 1 if forward else 2
+        limit, height, k = grids * CHUNK_BYTES, self.size[0], self.per_image
+        if self.kind == _SPLINE:  # a product of other shape is rounded otherwise: the same parts both ways
+            grids, copied = 2, True
+            most = max(math.prod(self.size), math.prod(self.input_size))
+            limit, beside = 2 * CHUNK_BYTES, channels * most * self.dtype.itemsize
+        elif self.kind == "grid" and self.parameters.dtype == self.dtype:
+            grids = 0  # there is one, and its gradient is a result
+        elif self.kind in _FIELDS:
+            grids = 1
+        each = grids * self.dims * math.prod(self.size) * self.dtype.itemsize
+        if (each + copied * beside) * self.count <= limit:
+            return [Part(slice(None), 0, self.count, 0, height, self._together(self.count, rows))]
+        each += beside
+        step = limit // each
+        if step >= k:
+            starts = range(0, self.count, step // k * k)
+            ends = [min(start + starts.step, self.count) for start in starts]
+            return [
+                Part(slice(a // k, b // k), a, b, 0, height, self._together(b - a, rows))
+                for a, b in zip(starts, ends, strict=True)
+            ]
+        step = max(1, step)
+        band = height if step > 1 or not rows else max(1, limit * height // each)
+        if self.kind == _SPLINE:
+            band = max(1, band // self._block) * self._block
+        return [
+            Part(slice(image, image + 1), a, b, start, min(start + band, height), self._together(b - a, rows))
+            for image in range(self.count // k)
+            for a in range(image * k, (image + 1) * k, step)
+            for b in [min(a + step, (image + 1) * k)]
+            for start in range(0, height, band)
+        ]
+
+    def _together(self, maps: int, apart: bool) -> int:
+        """How many of a part's maps share a grid: those of an image, where there are several images. Those of one image
+        may stay apart, which is slower where each fills few vectors.
+        """
+        if maps > self.per_image:
+            return self.per_image
+        return 1 if apart and math.prod(self.size) > SMALL else maps
+
+    def grid(self, part: Part) -> Tensor:
+        """Where a part's maps look: normalised, (maps / together, together * (stop - start), …, d)."""
+        numbers = self.parameters if part.maps == self.count else self.parameters[part.first : part.last]
+        if self.kind in _FIELDS:
+            grid = self._field(numbers[:, part.start : part.stop], part)
+            return grid.reshape(-1, part.together * grid.shape[1], *grid.shape[2:])
+        if self.kind == _SPLINE:
+            return self._bent(numbers, part)
+        planes = self._outer_sum(part)
+        if self.kind == "projective":
+            planes, divisor = planes.split([self.dims, 1], 1)
+            planes.mul_(divisor.reciprocal_())
+        return planes.movedim(1, -1)
+
+    def grid_vjp(self, grad: Tensor, grid: Tensor, part: Part) -> Tensor:
+        """The gradient of a part's grid, contiguous and ours → that of the maps' numbers, or of the part of a field."""
+        of_maps = grad.view(part.maps, -1, *grad.shape[2:])
+        if self.kind == "affine":
+            return self._outer_sum_vjp(of_maps, part)
+        if self.kind == "pixel_displacement":
+            of_maps.flatten(-2).mul_(self._per_pixel().repeat(self.size[-1]))
+        if self.kind in _FIELDS:
+            return of_maps
+        if self.kind == _SPLINE:
+            return self._bent_vjp(of_maps, part)
+        inverse = self._outer_sum(part, slice(self.dims, None)).squeeze(1).reciprocal_()
+        rows = [grad[..., axis] * inverse for axis in range(self.dims)]
+        last = rows[0] * grid[..., 0]
+        for axis in range(1, self.dims):
+            last.addcmul_(rows[axis], grid[..., axis])
+        return self._outer_sum_vjp(torch.stack([*rows, last.neg_()], -1).view(*of_maps.shape[:-1], -1), part)
+
+    def add_part(self, total: Tensor | None, change: Tensor, part: Part) -> Tensor:
+        if total is None:
+            total = torch.zeros(self.parameters.shape, dtype=self.dtype)
+        maps = total[part.first : part.last]
+        if self.kind in _FIELDS:
+            maps[:, part.start : part.stop] = change
+        else:
+            maps += change
+        return total
+
+    # Matrices.
+
+    @functools.cached_property
+    def _lines(self) -> tuple[Tensor, Tensor]:
+        """Each matrix times (x, 0, 0, 1) of each column, (B, rows, W), and times (0, y, z, 0) of each row, (B, rows,
+        R); for fields, the identity's. Of all maps, so that every part looks at the same places to the bit.
+        """
+        width, basis = self.size[-1], _basis(self.size, self.align_corners, self.dtype)
+        theta = _identity(self.dims, self.dtype) if self.kind in _FIELDS else self.parameters
+        along, across = torch.bmm(theta, basis.expand(len(theta), -1, -1)).split([width, basis.shape[1] - width], 2)
+        return along, across
+
+    def _of_part(self, part: Part) -> tuple[Tensor, Tensor]:
+        row, (along, across) = math.prod(self.size[1:-1]), self._lines
+        if self.kind not in _FIELDS:
+            along, across = along[part.first : part.last], across[part.first : part.last]
+        return along, across[:, :, part.start * row : part.stop * row]
+
+    def _outer_sum(self, part: Part, rows: slice = slice(None)) -> Tensor:
+        """A part's matrices, or some of their rows, times (x, y, z, 1) of each output pixel: planes, (maps / together,
+        rows, together * (stop - start), …).
+        """
+        together = 1 if self.kind in _FIELDS else part.together
+        lines = (line[:, rows].unflatten(0, (-1, together)).transpose(1, 2) for line in self._of_part(part))
+        along, across = lines
+        planes = torch.empty((*across.shape, along.shape[-1]), dtype=self.dtype)  # its order in memory is not theirs
+        torch.add(across.unsqueeze(-1), along.unsqueeze(-2), out=planes)
+        return planes.view(*planes.shape[:2], -1, *self.size[1:])
+
+    def _outer_sum_vjp(self, grad: Tensor, part: Part) -> Tensor:
+        width, rows, row = self.size[-1], grad.shape[-1], math.prod(self.size[1:-1])
+        across, columns, chosen = _sums(self.size, rows, self.align_corners, self.dtype)
+        across = across[:, part.start * row : part.stop * row]
+        sums = torch.bmm(
+            across.expand(len(grad), -1, -1), grad.reshape(len(grad), -1, width * rows)
+        )  # (B, d, W * rows)
+        sums = sums.view(-1, width * rows) @ columns
+        return sums.view(len(grad), -1).index_select(1, chosen).view(len(grad), rows, -1)
+
+    # Thin-plate splines, all with the same target points.
+
+    @property
+    def _knots(self) -> int:
+        return (self.parameters.shape[1] - 6) // 4
+
+    @property
+    def _block(self) -> int:
+        """How many rows' terms are held at a time."""
+        return max(1, CHUNK_BYTES // 4 // ((self._knots + 3) * self.size[1] * self.dtype.itemsize))
+
+    def _terms(self, part: Part) -> Iterator[tuple[slice, Tensor]]:
+        """For some rows at a time: their pixels' places in the part, and (knots + 3, pixels) of r² log r², 1, x, y."""
+        width = self.size[1]
+        for start in range(part.start, part.stop, self._block):
+            stop = min(start + self._block, part.stop)
+            whole = start == 0 and stop == self.size[0]
+            terms = self._all_terms if whole else self._terms_of(start, stop)
+            yield slice((start - part.start) * width, (stop - part.start) * width), terms
+
+    @functools.cached_property
+    def _all_terms(self) -> Tensor:
+        return self._terms_of(0, self.size[0])
+
+    def _terms_of(self, start: int, stop: int) -> Tensor:
+        knots, (height, width) = self._knots, self.size
+        targets = self.parameters[0, : 2 * knots].view(knots, 2)
+        x, y = (_ramp(n, self.align_corners, self.dtype) for n in (width, height))
+        from_x = (x - targets[:, :1]).square_().unsqueeze(1)
+        from_y = (y - targets[:, 1:]).square_().unsqueeze(2)
+        terms = torch.empty(knots + 3, stop - start, width, dtype=self.dtype)
+        square = torch.add(from_x, from_y[:, start:stop])
+        torch.xlogy(square, square, out=terms[:knots])
+        terms[knots], terms[knots + 1], terms[knots + 2] = 1, x, y[start:stop, None]
+        return terms.flatten(1)
+
+    def _bent(self, numbers: Tensor, part: Part) -> Tensor:
+        weights = numbers[:, 2 * self._knots :].unflatten(1, (-1, 2)).unflatten(0, (-1, part.together))
+        weights = weights.permute(0, 3, 1, 2).flatten(0, 2)  # (images, 2, together) of knots + 3
+        planes = torch.empty(len(weights), (part.stop - part.start) * self.size[1], dtype=self.dtype)
+        for where, terms in self._terms(part):
+            torch.mm(weights, terms, out=planes[:, where])
+        return planes.view(-1, 2, part.together * (part.stop - part.start), self.size[1]).movedim(1, -1)
+
+    def _bent_vjp(self, grad: Tensor, part: Part) -> Tensor:
+        change = torch.zeros(len(grad), self.parameters.shape[1], dtype=self.dtype)  # of targets, none
+        weights = change[:, 2 * self._knots :].unflatten(1, (-1, 2))
+        planes = grad.flatten(1, 2).mT.flatten(0, 1)  # copied, as one product takes it
+        for where, terms in self._terms(part):
+            weights += (planes[:, where] @ terms.mT).unflatten(0, (-1, 2)).mT
+        return change
+
+    # Fields.
+
+    def _field(self, field: Tensor, part: Part) -> Tensor:
+        field = field.to(self.dtype)
+        if self.kind == "grid":
+            return field
+        planes, units = _planes(field), self._per_pixel()
+        if planes.is_contiguous():
+            along, across = self._of_part(part)
+            across = across.view(1, self.dims, -1, *self.size[1:-1], 1)
+            along = along.view(1, self.dims, *[1] * (self.dims - 1), -1)
+            if self.kind == "displacement":
+                moved = planes + across
+            else:
+                moved = torch.addcmul(across, planes, units.view(-1, *[1] * self.dims))
+            return moved.add_(along).movedim(1, -1)
+        identity = self._outer_sum(part).movedim(1, -1).contiguous()
+        into = identity if len(field) == 1 else torch.empty_like(field)
+        if self.kind == "displacement":
+            return torch.add(identity, field, out=into)
+        torch.addcmul(identity.flatten(-2), field.flatten(-2), units.repeat(self.size[-1]), out=into.flatten(-2))
+        return into
+
+    def _per_pixel(self) -> Tensor:
+        """What a pixel of the input is in normalised units, x first: (d,)."""
+        units = [pixels_per_unit(n, self.align_corners) for n in reversed(self.input_size)]
+        return torch.tensor([1 / unit if unit else 0.0 for unit in units], dtype=self.dtype)
+
+    # What is served, by the numbers of the maps.
+
+    def _is_served(self, mode: str) -> bool:
+        if self.kind in _FIELDS:
+            return self._is_near_field() and (self.kind == "grid" or not self._field_has_ties())
+        largest = torch.linalg.vector_norm(self.parameters, math.inf).item()
+        if not largest < FAR:  # nor NaN
+            return False
+        matrices = self.parameters
+        if self.kind == _SPLINE:
+            knots = self._knots
+            if not torch.equal(matrices[:, : 2 * knots], matrices[:1, : 2 * knots].expand(self.count, -1)):
+                return False
+            weights, plane = matrices[:, 2 * knots :].split([2 * knots, 6], 1)
+            straight = torch.linalg.vector_norm(weights, math.inf, 1) < 1e-6
+            matrices = plane.view(-1, 3, 2).mT[:, :, [1, 2, 0]][straight]
+        elif self.kind == "projective":
+            *slopes, middle = matrices[:, -1].unbind(-1)
+            nearest = middle - sum((slope.abs() for slope in slopes), torch.zeros(()))
+            if not float(nearest.amin()) > 1e-3 * largest:
+                return False
+            matrices = matrices[:, :-1] / middle[:, None, None]
+        return not (len(matrices) and self._has_ties(matrices, mode))
+
+    def _is_near_field(self) -> bool:
+        """Whether a field's numbers are finite and near; the sum of squares shows it in the fastest pass there is."""
+        planes = _planes(self.parameters)
+        ordered = planes if planes.is_contiguous() else self.parameters
+        if ordered.is_contiguous() and ordered.dtype == self.dtype:
+            flat = ordered.view(-1)
+            if torch.dot(flat, flat).item() < FAR**2 / 2:  # False for NaN
+                return True
+        low, high = torch.aminmax(ordered)
+        return max(-low.item(), high.item()) < FAR  # False for NaN
+
+    def _field_has_ties(self) -> bool:
+        """Whether much of a field moves nothing, or moves by whole pixels: some of its numbers tell."""
+        some = self.parameters.flatten(1, -2)
+        some = some[:, :: some.shape[1] * len(some) // 1024 + 1]
+        still = some == (some.round() if self.kind == "pixel_displacement" else 0)
+        return int(still.count_nonzero()) * 32 > still.numel()
+
+    def _has_ties(self, matrices: Tensor, mode: str) -> bool:
+        """Whether a map (B, d, d+1) may send many output pixels to a place where convention picks the side.
+
+        Along an axis of the input that takes steps of halves of a pixel, or of nothing, along all axes of the output
+        but one. Then one row of pixels along that one tells: all others look half pixels away from it.
+        """
+        steps = matrices[:, :, :-1] * _steps(self.input_size, self.size, self.align_corners, self.dtype)
+        away = (2 * steps - (2 * steps).round()).abs()
+        if torch.linalg.vector_norm(away, -math.inf).item() > 2.0**-20:  # the least: so it is for nearly all maps
+            return False
+        halves = away <= 2.0**-20
+        enough = halves.sum(-1) >= self.dims - 1
+        for axis, n in enumerate(reversed(self.input_size)):
+            unit = pixels_per_unit(n, self.align_corners)
+            middle = matrices[:, axis, -1] * unit + (n - 1) / 2 + (0.5 if mode == "nearest" else 0.0)
+            for other, m in enumerate(reversed(self.size)):
+                fixed = [i for i in range(self.dims) if i != other]
+                suspect = enough[:, axis] & halves[:, axis, fixed].all(-1)
+                if not bool(suspect.any()):
+                    continue
+                first = middle - sum(steps[:, axis, i] * ((self.size[-1 - i] - 1) / 2) for i in fixed)
+                u = torch.arange(m, dtype=self.dtype) - (m - 1) / 2
+                x = torch.addcmul(first[:, None], steps[:, axis, other, None], u)
+                odd = ((2 * steps[:, axis, fixed]).round() % 2 == 1).any(-1)
+                x = torch.where(odd[:, None], 2 * x, x)
+                tied = ((x - x.round()).abs() <= 2.0**-22 * n).sum(-1)
+                if bool((suspect & (tied > 1 + m // 32)).any()):
+                    return True
+        return False
+
+
+def _planes(field: Tensor) -> Tensor:
+    """(B, *size, d) → (B, d, *size), a view."""
+    return field.movedim(-1, 1)
+
+
+@functools.lru_cache(16)
+def _identity(dims: int, dtype: torch.dtype) -> Tensor:
+    return torch.eye(dims, dims + 1, dtype=dtype, device="cpu").unsqueeze(0)
+
+
+@functools.lru_cache(16)
+def _basis(size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """(x, 0, 0, 1) for each column and (0, y, z, 0) for each row of an output, normalised: (d+1, W + R)."""
+    columns, *others = (_ramp(n, align_corners, dtype) for n in reversed(size))
+    basis = torch.zeros(len(size) + 1, len(columns) + math.prod(size[:-1]), dtype=dtype, device="cpu")
+    basis[0, : len(columns)], basis[-1, : len(columns)] = columns, 1
+    rows = basis[:, len(columns) :].unflatten(1, size[:-1])
+    for axis, along in enumerate(others, start=1):
+        rows[axis] = along.view(-1, *[1] * (axis - 1))
+    return basis
+
+
+@functools.lru_cache(16)
+def _sums(size: tuple[int, ...], rows: int, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices for sums over an output's rows, times y, z and 1, (d, R), and then over its columns, times x and 1, for
+    each row of θ, (W * rows, rows * 2); and which of the results, (d, rows, 2), are θ's: (rows * (d+1),).
+    """
+    width, dims = size[-1], len(size)
+    across = _basis(size, align_corners, dtype)[1:, width:].clone()
+    across[-1] = 1
+    columns = _ramp(width, align_corners, dtype)
+    columns = torch.stack([columns, torch.ones_like(columns)], -1)[:, None, None]
+    columns = torch.eye(rows, dtype=dtype, device="cpu")[:, :, None] * columns  # (W, rows, rows, 2)
+    place = torch.arange(dims * rows * 2, device="cpu").view(dims, rows, 2)
+    chosen = torch.cat([place[-1, :, :1], place[:, :, 1].mT], -1)
+    return across, columns.reshape(-1, rows * 2), chosen.flatten()
+
+
+def _ramp(size: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """Normalised positions of output pixels along an axis."""
+    unit = pixels_per_unit(size, align_corners)
+    return (torch.arange(size, dtype=dtype, device="cpu") - (size - 1) / 2) * (1 / unit if unit else 0.0)
+
+
+@functools.lru_cache(64)
+def _steps(input_size: tuple[int, ...], size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """Pixels of the input for a pixel of the output, (d, d) x first, where the matrix says 1."""
+    source = [pixels_per_unit(n, align_corners) for n in reversed(input_size)]
+    target = [pixels_per_unit(n, align_corners) for n in reversed(size)]
+    return torch.tensor([[s / t if t else 0.0 for t in target] for s in source], dtype=dtype, device="cpu")
