@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .records import Results
@@ -36,11 +37,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--time-limit", type=_positive, metavar="S", help="leave out rows that would come after so long"
     )
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there of this device and commit")
     parser.add_argument("--commit", metavar="ID", help="name of the commit, where there is no git checkout")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results, for a run of everything")
 
     commands = parser.add_subparsers(title="other commands", metavar="COMMAND")
-    gpu = commands.add_parser("gpu", help="tests, benchmark and memory checks on one GPU, in under nine minutes")
+    gpu = commands.add_parser(
+        "gpu", help="tests, memory checks and benchmark on one GPU; nine minutes, then again to go on"
+    )
     gpu.set_defaults(main=_gpu)
     gpu.add_argument("--out", type=Path, metavar="DIR", required=True, help="where logs and results go")
     gpu.add_argument("--commit", metavar="ID", help="name of the commit, where there is no git checkout")
@@ -138,10 +142,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     from .measure import copy_bandwidth
     from .providers import PROVIDERS
     from .report import track
-    from .run import Settings, plan, run
+    from .run import Settings, left_out, plan, remaining, run
     from .workloads import DIRECTIONS, SWEEPS, WORKLOADS
 
-    # Sweeps come last, so that a run that is cut short has the workloads; a name picks from all.
+    # A name picks from all.
     every = WORKLOADS + SWEEPS if arguments.sweeps or arguments.workload or arguments.list else WORKLOADS
     chosen = [w for w in every if not arguments.workload or any(text in str(w) for text in arguments.workload)]
     if not chosen:
@@ -166,10 +170,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     # A part of the benchmark must not take the place of the whole on the results' shelf.
     partial = arguments.workload or arguments.provider or arguments.direction
     folder = arguments.out or (None if partial else results.RESULTS)
-    commit = results.Commit(arguments.commit, None) if arguments.commit else results.Commit.of_checkout()
+    commit = results.Commit.named(arguments.commit)
     path = folder / results.file_name(device, commit) if folder else None
 
-    seconds = arguments.seconds or (0.05 if on_cpu else 0.1)
+    seconds = arguments.seconds or 0.05
     limit = arguments.time_limit or (150 if on_cpu else 420)
     bandwidth = copy_bandwidth(device, seconds)
     print(
@@ -178,17 +182,33 @@ def _bench(arguments: argparse.Namespace) -> int:
     settings = Settings(device, tuple(arguments.direction or DIRECTIONS), seconds, limit, bandwidth)
     about = results.describe(device, commit, _command(arguments), bandwidth)
     jobs = plan(chosen, [PROVIDERS[name] for name in arguments.provider or PROVIDERS])
+    known: list[dict[str, Any]] = []
+    if path and arguments.resume:
+        known = [row for row in results.earlier(path, about) if not results.waits(row)]
+        print(f"{len(known)} rows are there from before.{'' if results.continues(about) else f' {results.UNNAMED}'}")
+    # By name, as JSON, made once: a file of thousands of rows is written again and again.
+    found = {row.name: row.to_json() for job in jobs for row in left_out(job, settings.directions, results.NO_TIME)}
+    found |= {row["name"]: row for row in known}
+    jobs = remaining(jobs, {name for name, row in found.items() if results.waits(row)}, settings.directions)
+
     rows: list[Row] = []
-    for new in track(run(jobs, settings), len(jobs), "bench"):
-        rows += new
-        if path:  # a run that is stopped keeps what it has measured
-            results.write(path, about, rows, complete=False)
-    if path:
-        results.write(path, about, rows, complete=True)
+    written = time.monotonic()
+    try:
+        for new in track(run(jobs, settings), len(jobs), "bench"):
+            rows += new
+            found |= {row.name: row.to_json() for row in new}
+            if path and time.monotonic() - written > 15:  # a run that is killed keeps nearly all of it
+                results.write(path, about, found.values())
+                written = time.monotonic()
+    finally:
+        if path:
+            results.write(path, about, found.values())
     _print_rows(rows)
+    if waiting := sum(map(results.waits, found.values())):
+        print(f"{waiting} of {len(found)} rows wait, for want of time; --resume goes on with them.")
     if path:
         print(f"Results are in {path}.")
-    return int(any(row.failed for row in rows))
+    return int(any(row.get("failed") for row in found.values()))
 
 
 def _print_rows(rows: list[Row]) -> None:
@@ -225,7 +245,7 @@ def _command(arguments: argparse.Namespace) -> str:
         value = getattr(arguments, option)
         for item in value if isinstance(value, list) else [value] if value else []:
             words += [f"--{option.replace('_', '-')}", str(item)]
-    words += ["--sweeps"] * arguments.sweeps
+    words += ["--sweeps"] * arguments.sweeps + ["--resume"] * arguments.resume
     return shlex.join(words)
 
 
@@ -337,7 +357,7 @@ def _targets(arguments: argparse.Namespace) -> int:
         print(f"{results.name}: {results.device}, commit {results.commit}, {results.versions}.{not_gpu}\n")
     verdicts = judge(results)
     cells = [(v.status, v.target.words, v.measured, v.target.what, v.detail) for v in verdicts]
-    print(table(("", "target", "measured", "what", "rows"), cells))
+    print(table(("verdict", "target", "measured", "what", "rows"), cells))
     counts = [f"{sum(v.status == status for v in verdicts)} {status}" for status in ("met", "not met", "not measured")]
     print(f"\n{', '.join(counts)}.")
     return int(any(v.status != "met" for v in verdicts))

@@ -1,27 +1,38 @@
-"""All that a GPU is needed for, in one call of under nine minutes: tests, benchmark, memory check.
+"""All that a GPU is needed for, in calls of under nine minutes: tests, memory check, benchmark.
 
 Each part is a process with a time limit of its own, writes a log, and may fail without stopping the
-others. Nothing is installed and no network is needed.
+others. A further call skips the parts that passed, and goes on with the rows of the benchmark that are not there yet.
+Nothing is installed and no network is needed.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from . import records, results
 from .report import table
+from .targets import judge
 
 TOTAL_SECONDS = 520
 """For all parts together; what is left of nine minutes is for starting and stopping."""
+LAST_JOB_SECONDS = 60
+"""For what the benchmark is at when its time is over: a workload's tensors, truth and compilations."""
+PASSED = "passed"
+"""A file of the folder; not named as a file of results is."""
 SANITIZER = "compute-sanitizer"
 
 
@@ -31,8 +42,10 @@ class Part:
     command: list[str]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
-    unavailable: str = ""
-    """Why it cannot run on this machine."""
+    stops_itself: bool = False
+    """Whether it takes --time-limit SECONDS, after which it begins nothing more."""
+    skipped: str = ""
+    """Why it does not run."""
 
 
 @dataclass(frozen=True)
@@ -47,26 +60,28 @@ class Outcome:
         return not self.status.startswith(("passed", "skipped"))
 
 
-def parts(out: Path, commit: str | None) -> list[Part]:
-    """The parts in order: what says whether the rest can be believed comes first."""
+def parts(out: Path, commit: str | None, passed: Sequence[str] = ()) -> list[Part]:
+    """The parts in order: what says whether the rest can be believed comes first; the last has all the time left."""
     python = [sys.executable, "-m"]
     tests = ["pytest", "tests", "-m", "gpu", "-q", "--color=no", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         tests += ["-n", "8"]  # most of their time is compilation, on the host
-    bench = ["bench", "--device", "cuda", "--out", str(out), "--time-limit", "210"]
     sanitizer = [SANITIZER, "--tool", "memcheck", "--error-exitcode", "1"]
-    return [
+    bench = ["bench", "--device", "cuda", "--sweeps", "--resume", "--out", str(out)]
+    bench += ["--commit", commit] if commit else []
+    found = [
         Part("tests", [*python, *tests, f"--junitxml={out / 'tests.xml'}"], 210),
-        Part("bench", [*python, *bench, *(["--commit", commit] if commit else [])], 250),
         Part(
             "sanitizer",
             [*sanitizer, *python, "bench.smoke"],
             60,
             # Torch's allocator hands out parts of large blocks, inside which no access is out of bounds.
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            "" if shutil.which(SANITIZER) else f"{SANITIZER} is not on the PATH",
+            skipped="" if shutil.which(SANITIZER) else f"{SANITIZER} is not on the PATH",
         ),
+        Part("bench", [*python, *bench], TOTAL_SECONDS, stops_itself=True),
     ]
+    return [replace(part, skipped="it passed in an earlier call") if part.name in passed else part for part in found]
 
 
 def main(out: Path, commit: str | None = None) -> int:
@@ -79,42 +94,82 @@ def main(out: Path, commit: str | None = None) -> int:
         return 2
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = run(parts(out, commit), out, TOTAL_SECONDS)
+    device, of = torch.device("cuda"), results.Commit.named(commit)
+    about = results.describe(device, of, "", 0)
+    passed = passed_before(out, about)
+    outcomes = []
+    for outcome in run(parts(out, commit, passed), out, TOTAL_SECONDS):
+        outcomes.append(outcome)
+        if outcome.status == "passed" and outcome.part != "bench":
+            passed.append(outcome.part)
+            remember(out, about, passed)
     for outcome in outcomes:
-        if outcome.failed:
+        if outcome.failed and outcome.log:
             print(f"\n── the end of {outcome.log} ──")
             print(*(out / outcome.log).read_text(errors="replace").splitlines()[-30:], sep="\n")
     print()
     print(
         table(("part", "status", "seconds", "log"), ((o.part, o.status, f"{o.seconds:.0f}", o.log) for o in outcomes))
     )
+    print(f"\n{summary(out / results.file_name(device, of), about)}")
     return int(any(outcome.failed for outcome in outcomes))
 
 
-def run(parts: list[Part], out: Path, total_seconds: float) -> list[Outcome]:
+def passed_before(out: Path, about: dict[str, Any]) -> list[str]:
+    """The parts that passed in the folder before, of the same device, versions and commit."""
+    try:
+        earlier = json.loads((out / PASSED).read_text(encoding="utf-8"))
+        same = results.continues(about) and earlier["of"] == results.identity(about)
+        return list(earlier["passed"]) if same else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def remember(out: Path, about: dict[str, Any], passed: Sequence[str]) -> None:
+    if results.continues(about):
+        content = {"of": results.identity(about), "passed": list(passed)}
+        results.write_whole(out / PASSED, json.dumps(content, indent=1) + "\n")
+
+
+def summary(path: Path, about: dict[str, Any]) -> str:
+    """How far the benchmark has come, over all calls."""
+    try:
+        found = records.read(path)
+    except records.ResultsError as sentence:
+        return f"Nothing of the benchmark is measured: {sentence}"
+    waiting = sum(record.reason == results.NO_TIME for record in found.records)
+    verdicts = Counter(verdict.status for verdict in judge(found))
+    counts = ", ".join(f"{verdicts[status]} {status}" for status in ("met", "not met", "not measured"))
+    text = f"{len(found.records) - waiting} of {len(found.records)} rows are done; targets: {counts}.\n"
+    if not waiting:
+        return f"{text}Results are in {path}."
+    return text + ("The same command goes on from here." if results.continues(about) else results.UNNAMED)
+
+
+def run(parts: list[Part], out: Path, total_seconds: float) -> Iterator[Outcome]:
     """Run the parts one after another, each within its own time and all within the total."""
     stop = time.monotonic() + total_seconds
-    outcomes = []
     for part in parts:
-        left = min(part.seconds, stop - time.monotonic())
-        if part.unavailable:
-            outcome = Outcome(part.name, f"skipped: {part.unavailable}", 0, "")
+        left = stop - time.monotonic()
+        if part.skipped:
+            outcome = Outcome(part.name, f"skipped: {part.skipped}", 0, "")
         elif left < 5:
             outcome = Outcome(part.name, "no time left", 0, "")
         else:
+            left = min(part.seconds, left)
             print(f"{part.name}: running, for at most {left:.0f} s", flush=True)
             outcome = _run_part(part, out, left)
         print(f"{part.name}: {outcome.status}", flush=True)
-        outcomes.append(outcome)
-    return outcomes
+        yield outcome
 
 
 def _run_part(part: Part, out: Path, seconds: float) -> Outcome:
     log = f"{part.name}.log"
     start = time.monotonic()
+    limit = ["--time-limit", f"{max(1, seconds - LAST_JOB_SECONDS):.0f}"] if part.stops_itself else []
     with (out / log).open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            part.command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | part.environment,
+            [*part.command, *limit], stdout=file, stderr=subprocess.STDOUT, env=os.environ | part.environment,
             cwd=Path(__file__).parents[1], start_new_session=True,
         )  # fmt: skip
         try:

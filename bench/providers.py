@@ -28,7 +28,10 @@ class Provider:
     name: str
     available: Callable[[Workload, torch.device], str | None]
     """Why it cannot run a workload on a device; None if it can."""
-    build: Callable[[Workload, Tensors], Forward]
+    build: Callable[..., Forward]
+    """Of a workload, its tensors and, where there are several, a mode."""
+    modes: tuple[str, ...] = ()
+    """Ways to build it, of which the fastest counts on a GPU; the first is the one without a name given."""
     rounds_grid: bool = False
     """Rounds the sampling grid to the image's dtype, as torch's own sampler must."""
     slow_to_build: bool = False
@@ -87,15 +90,20 @@ def _build_eager(workload: Workload, tensors: Tensors) -> Forward:
     return lambda: torch_warp(tensors.input, tensors.theta, workload, kept)
 
 
-def _build_compile(workload: Workload, tensors: Tensors) -> Forward:
+# Without CUDA graphs: those copy each input, and give a kept graph's memory to the next call.
+_COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+
+
+def _build_compile(workload: Workload, tensors: Tensors, mode: str = _COMPILE_MODES[0]) -> Forward:
     import torch._functorch.config as functorch
 
-    # Each workload is compiled for its own shapes, and the number of compilations per function is limited.
-    torch.compiler.reset()
+    if mode == _COMPILE_MODES[0]:
+        # Each workload is compiled for its own shapes, and the number of compilations per function is limited.
+        torch.compiler.reset()
     # The backward alone is timed on one graph again and again, so its buffers must not be given away.
     functorch.donated_buffer = False
     kept = keep(workload, tensors.theta)
-    compiled = torch.compile(torch_warp, fullgraph=True, dynamic=False)
+    compiled = torch.compile(torch_warp, fullgraph=True, dynamic=False, mode=mode)
     return lambda: compiled(tensors.input, tensors.theta, workload, kept)
 
 
@@ -182,7 +190,9 @@ def _kornia_available(workload: Workload, device: torch.device) -> str | None:
 
 TRI_STN = Provider("tri_stn", _tri_stn_available, _build_tri_stn)
 EAGER = Provider("eager", _eager_available, _build_eager, rounds_grid=True)
-COMPILE = Provider("compile", _compile_available, _build_compile, rounds_grid=True, slow_to_build=True, twice=False)
+COMPILE = Provider(
+    "compile", _compile_available, _build_compile, _COMPILE_MODES, rounds_grid=True, slow_to_build=True, twice=False
+)
 CUDNN = Provider("cudnn", _cudnn_available, _build_cudnn, twice=False)
 KORNIA = Provider("kornia", _kornia_available, _build_kornia, rounds_grid=True)
 COPY = Provider("copy", lambda *_: None, lambda w, t: t.input.clone, is_limit=True)

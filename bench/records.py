@@ -226,7 +226,7 @@ def read(path: Path) -> Results:
     if not isinstance(benchmarks, list):
         raise ResultsError(f"{path} is not a results file: python -m bench and pytest --benchmark-json write those.")
     try:
-        records = tuple(_record(row) for row in [*benchmarks, *document.get("not_timed", [])])
+        records = tuple(record(row) for row in [*benchmarks, *document.get("not_timed", [])])
         about, commit = document.get("machine_info") or {}, document.get("commit_info") or {}
         device = _device(about, benchmarks)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -246,7 +246,8 @@ def read(path: Path) -> Results:
     )
 
 
-def _record(row: dict[str, Any]) -> Record:
+def record(row: dict[str, Any]) -> Record:
+    """A row of a file."""
     extra = row.get("extra_info") or {}
     # A parameter that is no plain value comes as its repr, which has addresses in it.
     params = {

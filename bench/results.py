@@ -14,7 +14,7 @@ import re
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -26,6 +26,9 @@ import torch
 from .workloads import Workload
 
 RESULTS = Path(__file__).parent / "results"
+NO_TIME = "There was no time left for it."
+"""The reason of a row that waits for a run with --resume."""
+UNNAMED = "A run goes on only where a commit names all files: commit the changes, or give a name by --commit ID."
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Row:
     """The least that must go through memory."""
     floor: float = 0.0
     """Seconds that a copy of as many bytes takes on this device, measured in the same run."""
+    mode: str = ""
+    """The provider's fastest, where it has several."""
     peak_bytes: int | None = None
     """Memory beyond the input, the output and their gradients; None where it was not measured."""
 
@@ -78,6 +83,8 @@ class Row:
             "errors": _finite(self.errors),
             "limits": _finite(self.limits),
         }
+        if self.mode:
+            extra["mode"] = self.mode
         if not self.times:
             return row | {"reason": self.reason, "failed": self.failed, "extra_info": extra}
         extra |= {
@@ -118,6 +125,11 @@ class Commit:
     id: str
     dirty: bool | None
     """Whether the files differ from the commit; None where that cannot be known."""
+
+    @classmethod
+    def named(cls, id: str | None) -> Commit:
+        """The commit of that name, or else the checkout's."""
+        return cls(id, None) if id else cls.of_checkout()
 
     @classmethod
     def of_checkout(cls) -> Commit:
@@ -180,14 +192,41 @@ def file_name(device: torch.device, commit: Commit) -> str:
     return f"{slug}-{commit.id}.json"
 
 
-def write(path: Path, about: dict[str, Any], rows: Sequence[Row], complete: bool) -> None:
-    """Write a file of results; one that was there stays whole until the new one is."""
+def identity(about: dict[str, Any]) -> dict[str, Any]:
+    """What two runs share whose rows may stand in one file: the device, the versions and the commit."""
+    machine = {name: value for name, value in about["machine_info"].items() if name != "copy_bandwidth"}
+    return machine | {"commit": about["commit_info"]["id"], "dirty": bool(about["commit_info"]["dirty"])}
+
+
+def continues(about: dict[str, Any]) -> bool:
+    """Whether an earlier run of the same identity was of the same files, as far as can be known."""
+    return about["commit_info"]["id"] != "unknown" and not about["commit_info"]["dirty"]
+
+
+def earlier(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows, as JSON, that a run like the one described left in the file; none where it has another's."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        same = continues(about) and identity(document) == identity(about)
+        return [*document["benchmarks"], *document["not_timed"]] if same else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def write(path: Path, about: dict[str, Any], rows: Iterable[Row | dict[str, Any]]) -> None:
+    """Write a file of results; one that was there stays whole until the new one is. Rows may be JSON already."""
+    found = [row if isinstance(row, dict) else row.to_json() for row in rows]
     document = about | {
-        "complete": complete,
-        "benchmarks": [row.to_json() for row in rows if row.times],
-        "not_timed": [row.to_json() for row in rows if not row.times],
+        "complete": not any(map(waits, found)),
+        "benchmarks": [row for row in found if "stats" in row],
+        "not_timed": [row for row in found if "stats" not in row],
     }
     write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def waits(row: dict[str, Any]) -> bool:
+    """Whether a row, as JSON, is still to be measured."""
+    return row.get("reason") == NO_TIME
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

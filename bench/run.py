@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from . import measure
+from . import measure, records, targets
 from .providers import Forward, Provider, copy_of
 from .results import Row
 from .workloads import Tensors, Workload, make_tensors
 
 LAUNCH_BOUND = 1e-3
 """Seconds on the device below which the host's part of a call is measured as well."""
+TUNING_SECONDS = 30
+"""After so long, no further mode of a provider is tried for a workload."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +36,61 @@ class Settings:
     seconds: float
     """What the timing of one row may take, about."""
     time_limit: float
-    """What the whole run may take; rows that come later are left out, and say so."""
+    """What the whole run may take; no job begins later."""
     bandwidth: float
     """Bytes per second of a copy on this device."""
 
 
 def plan(workloads: Sequence[Workload], providers: Sequence[Provider]) -> list[Job]:
-    """Quick providers through all workloads first, so that slow ones can only use what time is left."""
-    groups = (tuple(p for p in providers if p.slow_to_build is slow) for slow in (False, True))
-    return [Job(workload, group) for group in groups if group for workload in workloads]
+    """What matters most first: of the workloads, and then of the sweeps, the rows that targets read, the other quick
+    ones, and those of providers that are slow to build, again with what targets read first.
+    """
+    jobs: list[tuple[tuple[object, ...], Job]] = []
+    for workload in workloads:
+        groups: dict[tuple[bool, bool], dict[Provider, int]] = {}
+        for provider in providers:
+            read = _urgency(workload, provider)
+            groups.setdefault((provider.slow_to_build, not read), {})[provider] = read
+        for (slow, unread), group in groups.items():
+            order = (bool(workload.sweep), slow, unread, -max(group.values()))
+            jobs.append((order, Job(workload, tuple(group))))
+    return [job for _, job in sorted(jobs, key=lambda item: item[0])]
+
+
+def _urgency(workload: Workload, provider: Provider) -> int:
+    rows = (Row(workload, provider.name, direction).to_json() for direction in workload.directions)
+    return max(targets.urgency(records.record(row)) for row in rows)
+
+
+def remaining(jobs: Sequence[Job], names: Container[str], directions: Sequence[str]) -> list[Job]:
+    """The jobs, without the providers none of whose rows is among the names."""
+    left = []
+    for job in jobs:
+        rows = left_out(job, directions, "")
+        waiting = {row.provider for row in rows if row.name in names}
+        if waiting:
+            left.append(replace(job, providers=tuple(p for p in job.providers if p.name in waiting)))
+    return left
 
 
 def run(jobs: Sequence[Job], settings: Settings) -> Iterator[list[Row]]:
-    """The rows of one job after another."""
+    """The rows of one job after another, until the time is over."""
     start = time.monotonic()
     for job in jobs:
         if time.monotonic() - start > settings.time_limit:
-            yield _all_left_out(job, settings, f"The time limit of {settings.time_limit:.0f} s was reached.")
-            continue
+            return
         if reason := too_large(job.workload, settings.device):
-            yield _all_left_out(job, settings, reason)
+            yield left_out(job, settings.directions, reason)
             continue
         try:
             yield list(_run_job(job, settings))
         except torch.OutOfMemoryError:
-            yield _all_left_out(job, settings, "The device has too little memory for the tensors or the fp64 truth.")
+            reason = "The device has too little memory for the tensors or the fp64 truth."
+            yield left_out(job, settings.directions, reason)
+        except Exception as error:  # so that a run with --resume begins behind this job
+            reason = f"The run ended here: {_in_a_line(error)}"
+            yield [replace(row, failed=True) for row in left_out(job, settings.directions, reason)]
+            raise
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -76,17 +110,21 @@ def too_large(workload: Workload, device: torch.device) -> str:
 def _run_job(job: Job, settings: Settings) -> Iterator[Row]:
     workload, device = job.workload, settings.device
     tensors = make_tensors(workload, device)
-    truth, limits = measure.standard(workload, tensors)
+    truth: dict[str, Tensor] = {}
+    limits: dict[bool, dict[str, float]] = {}
+    if any(not p.is_limit and p.available(workload, device) is None for p in job.providers):
+        truth, limits = measure.standard(workload, tensors)
     share = measure.touched(workload, tensors)
     with measure.settings_of(workload):
         for provider in job.providers:
-            row = Row(workload, provider.name, "", limits={} if provider.is_limit else limits[provider.rounds_grid])
+            row = Row(workload, provider.name, "")
             directions = [d for d in workload.directions if d in settings.directions]
             reason = provider.available(workload, device)
             forward: Forward | None = None
             try:
                 if reason is None and not provider.is_limit:
-                    forward = provider.build(workload, tensors)
+                    forward, mode = _build(provider, workload, tensors, settings)
+                    row = replace(row, limits=limits[provider.rounds_grid], mode=mode)
                     result = measure.evaluate(forward, tensors, provider.twice)
                     row = replace(row, errors=measure.errors(result, truth, tensors.clear))
                     del result
@@ -105,6 +143,37 @@ def _run_job(job: Job, settings: Settings) -> Iterator[Row]:
                 yield new
 
 
+def _build(provider: Provider, workload: Workload, tensors: Tensors, settings: Settings) -> tuple[Forward, str]:
+    """A provider's forward pass, and its mode where it has several: on a GPU the one in which a step is fastest."""
+    if not (provider.modes and settings.device.type == "cuda"):
+        return provider.build(workload, tensors), ""
+    return fastest(provider, workload, tensors, settings)
+
+
+def fastest(provider: Provider, workload: Workload, tensors: Tensors, settings: Settings) -> tuple[Forward, str]:
+    """A provider in each of its modes for a short time, and the fastest of them.
+
+    The first has to run. Another may raise, and none is begun once the others took `TUNING_SECONDS`: what is built
+    cannot be stopped, and later modes search longer.
+    """
+    start = time.monotonic()
+    found: list[tuple[float, Forward, str]] = []
+    for mode in provider.modes:
+        if found and time.monotonic() - start > TUNING_SECONDS:
+            break
+        try:
+            forward = provider.build(workload, tensors, mode)
+            step = measure.call(forward, tensors, "both" if workload.gradients else "forward")
+            times = measure.times(step, settings.device, settings.seconds / 4)
+            found.append((statistics.median(times), forward, mode))
+        except Exception as error:
+            if not found:
+                raise
+            _explain(error, provider, settings.device)  # raises it if the device no longer answers
+    _, forward, mode = min(found, key=lambda item: item[0])
+    return forward, mode
+
+
 def _measure(row: Row, forward: Forward | None, tensors: Tensors, share: float, settings: Settings) -> Row:
     """The row with its times, if its result is right; without a forward, those of a copy of as many bytes."""
     moved = measure.bytes_moved(row.workload, row.direction, share)
@@ -121,9 +190,10 @@ def _measure(row: Row, forward: Forward | None, tensors: Tensors, share: float, 
     return row
 
 
-def _all_left_out(job: Job, settings: Settings, reason: str) -> list[Row]:
-    directions = [d for d in job.workload.directions if d in settings.directions]
-    return [Row(job.workload, provider.name, d, reason=reason) for provider in job.providers for d in directions]
+def left_out(job: Job, directions: Sequence[str], reason: str) -> list[Row]:
+    """All rows of a job, without times."""
+    chosen = [d for d in job.workload.directions if d in directions]
+    return [Row(job.workload, provider.name, d, reason=reason) for provider in job.providers for d in chosen]
 
 
 def _is_fault(error: Exception, provider: Provider) -> bool:
@@ -140,5 +210,9 @@ def _explain(error: Exception, provider: Provider, device: torch.device) -> str:
             raise error from None
     if isinstance(error, torch.OutOfMemoryError):
         return "The device has too little memory."
+    return f"{provider.name} raised {_in_a_line(error)}"
+
+
+def _in_a_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{provider.name} raised {type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,11 +1,10 @@
 """Several samples per output pixel: warp(…, supersample=k) and antialias=True, against averages made by torch."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from test_warp import MODES, PADDING_MODES
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
@@ -16,7 +15,7 @@ from tri_stn.testing import ARRANGEMENTS, assert_accurate
 DOUBLE = torch.float64
 OPTIONS = [
     pytest.param({"mode": m, "padding_mode": p, "align_corners": a}, id=f"{m}-{p}-{'corners' if a else 'edges'}")
-    for m, p, a in itertools.product(MODES, PADDING_MODES, (False, True))
+    for m, p, a in covering(MODES, PADDING_MODES, (False, True))
 ]
 
 
@@ -77,7 +76,7 @@ def test_is_the_average_of_centred_samples(backend, options):
     check(backend, picture(2, 2, 7, 9), matrices(2, 2), (2, 3), 2, **options)
 
 
-@pytest.mark.parametrize("dims,size,k", [(1, (5,), 3), (2, (3, 2), 5), (3, (1, 2, 2), 2)])
+@pytest.mark.parametrize("dims,size,k", [(1, (5,), 5), (2, (3, 2), 3), (3, (1, 2, 2), 2)])
 @pytest.mark.parametrize("padding_mode", PADDING_MODES)
 def test_dimensions(backend, dims, size, k, padding_mode):
     check(backend, picture(1, 2, *(5, 4, 6)[:dims]), matrices(1, dims), size, k, padding_mode=padding_mode)
@@ -176,7 +175,7 @@ def projective_truth(image, matrix, size, **options):
 def test_antialias_of_a_projective_map_is_each_pixels_own(backend, padding_mode):
     matrix = torch.tensor([[[0.7, 0.05, 0.02], [0.03, 0.7, 0.01], [0.35, 0.3, 0.9]]], dtype=DOUBLE)
     check(
-        backend, picture(1, 2, 9, 8), matrix, (4, 5), 0, transform=tri_stn.Projective, padding_mode=padding_mode,
+        backend, picture(1, 2, 7, 6), matrix, (4, 5), 0, transform=tri_stn.Projective, padding_mode=padding_mode,
         expected=lambda x, m: projective_truth(x, m, (4, 5), padding_mode=padding_mode),
     )  # fmt: skip
 
@@ -213,12 +212,13 @@ def test_antialias_of_a_chain_as_the_reference(backend, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("padding_mode", PADDING_MODES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind,k", [("affine", 2), ("affine", 0), ("projective", 0)])
+@pytest.mark.parametrize(
+    "sampling,mode,padding_mode", covering([("affine", 2), ("affine", 0), ("projective", 0)], MODES, PADDING_MODES)
+)
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)
-def test_gradcheck(backend, kind, k, mode, padding_mode):
+def test_gradcheck(backend, sampling, mode, padding_mode):
     """First and second order, reverse and forward mode: against differences in fp64."""
+    kind, k = sampling
     theta = matrices(1, 2, scale=1.4, spread=0.1, last=0.1 if kind == "projective" else 0.0)
     inputs = picture(1, 1, 3, 4).requires_grad_(), theta.requires_grad_()
     transform = tri_stn.Projective if kind == "projective" else tri_stn.Affine
@@ -284,22 +284,21 @@ def test_fill_and_mask_are_averaged_too(backend):
     assert (mask == 1).any() and (mask == 0).any()
 
 
-def test_shrinking_by_an_integer_is_pillows_box_filter():
+def test_shrinking_by_an_integer_is_pillows_box_filter(backend):
     """There the samples lie on the pixels, and their average is the box filter's. Apart from rounding to fp32, so the
     error is small against 255; plain bilinear reads 4 of 36 pixels.
     """
-    image, pillow = pytest.importorskip("PIL.Image"), None
+    image = pytest.importorskip("PIL.Image")
     data = pytest.importorskip("skimage.data")
-    photo = data.astronaut()[:504, :504].astype(np.float32)
+    photo = data.astronaut()[90:150, 180:240].astype(np.float32)  # the eyes have edges enough
     bands = [image.fromarray(np.ascontiguousarray(photo[..., c])) for c in range(3)]
-    pillow = np.stack([np.asarray(band.resize((84, 84), image.Resampling.BOX)) for band in bands])
-    given = torch.from_numpy(photo).permute(2, 0, 1)[None].contiguous()
+    pillow = np.stack([np.asarray(band.resize((10, 10), image.Resampling.BOX)) for band in bands])
+    given = torch.from_numpy(photo).permute(2, 0, 1)[None].contiguous().to(backend)
     errors = []
     for antialias in (True, False):
-        output = tri_stn.warp(
-            given, tri_stn.Affine(torch.eye(2, 3)[None]), (84, 84), padding_mode="border", antialias=antialias
-        )
-        errors.append(float((output[0] - torch.from_numpy(pillow)).abs().mean()))
+        theta = torch.eye(2, 3, device=backend)[None]
+        output = tri_stn.warp(given, tri_stn.Affine(theta), (10, 10), padding_mode="border", antialias=antialias)
+        errors.append(float((output[0].cpu() - torch.from_numpy(pillow)).abs().mean()))
     assert errors[0] < 1e-3 and errors[1] > 5, errors
 
 

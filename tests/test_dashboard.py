@@ -36,7 +36,7 @@ def made_up(path, rows, device="test device", commit="aaaa", date="2001-01-01T00
     """A file as `python -m bench` writes it."""
     about = results.describe(torch.device("cpu"), results.Commit(commit, False), "python -m bench --made-up", 1e12)
     about["machine_info"] |= {"device": device, "threads": None}
-    results.write(path, about | {"datetime": date}, rows, complete=True)
+    results.write(path, about | {"datetime": date}, rows)
     return path
 
 

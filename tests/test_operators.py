@@ -22,8 +22,7 @@ def arguments(device, dtype=torch.float32, channels_last=False):
     return case.tensors(device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype,channels_last", [(torch.float32, False), (torch.bfloat16, True)])
 def test_opcheck(backend, dtype, channels_last):
     image, theta, grad = arguments(backend, dtype, channels_last)
     ops = torch.ops.tri_stn
@@ -51,8 +50,8 @@ def test_compile_with_dynamic_batch(backend):
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
-    for images, height in ((5, 9), (6, 9), (9, 9), (4, 8)):
-        case = Case(images=images, input_size=(height, 13), size=(5, 7))
+    for images, height in ((5, 9), (4, 9), (4, 8)):
+        case = Case(images=images, input_size=(height, 6), size=(5, 7))
         image, theta, _ = case.tensors(backend)
         inputs = image.requires_grad_(), theta.requires_grad_()
         actual, expected = compiled(*inputs), loss(*inputs)

@@ -64,6 +64,12 @@ def is_interpreted(device: str) -> bool:
     return device == "cpu" and tri_stn.ops._backend(torch.empty(0)) is not tri_stn.reference
 
 
+def leave_out_twins(name: str, device: str) -> None:
+    """In the interpreter: the first operator's samples are of 30 kinds, and the others' kinds are among them."""
+    if name != "nn.functional.grid_sample" and is_interpreted(device):
+        pytest.skip("nn.functional.grid_sample has a sample of every kind")
+
+
 @pytest.fixture
 def not_deterministic(poisoned_memory):
     """Torch's deterministic scatter on the CPU would take minutes for the largest samples."""
@@ -72,6 +78,7 @@ def not_deterministic(poisoned_memory):
 
 @pytest.mark.parametrize("name", OPS)
 def test_values_and_gradients_are_torchs(backend, name, not_deterministic):
+    leave_out_twins(name, backend)
     for input, grid, options in samples(name, backend, torch.float64, FEW if is_interpreted(backend) else MOST):
         output = tri_stn.grid_sample(input, grid, **options)
         expected = F.grid_sample(input, grid, **options)
@@ -96,6 +103,7 @@ def test_other_dtypes_are_as_exact_as_they_can_be(backend, name, dtype, not_dete
 
 @pytest.mark.parametrize("name", OPS)
 def test_second_derivatives_are_torchs(backend, name):
+    leave_out_twins(name, backend)
     for input, grid, options in samples(name, backend, torch.float64, FEW):
         ours, theirs = (second_order(f, input, grid, options) for f in (tri_stn.grid_sample, F.grid_sample))
         for got, want in zip(ours, theirs, strict=True):
