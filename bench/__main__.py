@@ -353,7 +353,7 @@ def _targets(arguments: argparse.Namespace) -> int:
     if results is None:
         print("There are no results of a GPU in bench/results: nothing is measured.\n")
     else:
-        not_gpu = "" if results.gpu else " These are no results of a GPU, and only those count."
+        not_gpu = "" if results.gpu else " These are no results of a GPU: they say what the CPU path does."
         print(f"{results.name}: {results.device}, commit {results.commit}, {results.versions}.{not_gpu}\n")
     verdicts = judge(results)
     cells = [(v.status, v.target.words, v.measured, v.target.what, v.detail) for v in verdicts]

@@ -137,6 +137,11 @@ class Record:
         return item * math.prod(self.input_size), item * self.maps * math.prod(self.size)
 
     @property
+    def grid_bytes(self) -> int:
+        """Of the sampling grid that others store, in fp32."""
+        return self.params.get("batch", 0) * self.maps * math.prod(self.size) * len(self.size) * 4
+
+    @property
     def label(self) -> str:
         """The workload in words, for people: without its dtype, which stands elsewhere."""
         name = self.params.get("name")
@@ -146,7 +151,9 @@ class Record:
         if self.layout and self.layout != "contiguous":
             parts.append(self.layout)
         parts += [
-            word for word in ("deterministic", "few", "small") if word == self.params.get("variant") or self.params.get(word)
+            word
+            for word in ("deterministic", "few", "small")
+            if word == self.params.get("variant") or self.params.get(word)
         ]
         return ", ".join(parts)
 

@@ -1,7 +1,8 @@
 """The speed and the memory that the package is to reach, as data, and what a results file says of each.
 
-Run ``python -m bench targets [RESULTS.json]``. Only rows of a GPU count, and only those whose result matched the
-fp64 truth; every row that a target is about has to meet it, so what is shown is the worst one.
+Run ``python -m bench targets [RESULTS.json]``. Only rows of a GPU count, but for the targets of the CPU path, and only
+those whose result matched the fp64 truth; every row that a target is about has to meet it, so what is shown is the
+worst one.
 """
 
 from __future__ import annotations
@@ -277,6 +278,16 @@ def _rows() -> Iterator[Target]:
 
 TARGETS = tuple(_rows())
 
+ON_CPU = (
+    Target("on a CPU, any workload that is not scaled down: against eager", _any, speedup, 0.95, "×", against=EAGER),
+    Target(
+        "on a CPU, grids of 16 MiB and more: peak memory, share of torch's",
+        lambda r: r.grid_bytes >= 2**24,
+        memory_share, 1, "×", at_most=True, against=EAGER,
+    ),
+)  # fmt: skip
+"""What is asked of the path for tensors on the CPU."""
+
 
 def urgency(record: Record) -> int:
     """How much a row matters that is still to be measured: 2 where a target about such workloads reads it, 1 where
@@ -290,9 +301,13 @@ def urgency(record: Record) -> int:
 
 
 def judge(results: Results | None) -> list[Verdict]:
-    """What a file says of each target; nothing is measured where there is no file, or none of a GPU."""
+    """What a file says of each target; a GPU's are not measured where there is no file, or one of a CPU."""
     found = groups(_with_fixed(results)) if results and results.gpu else []
-    return [_judge(target, found) for target in TARGETS]
+    verdicts = [_judge(target, found) for target in TARGETS]
+    if results and not results.gpu:
+        found = groups(record for record in results.records if record.params.get("variant") != "small")
+        verdicts += [_judge(target, found) for target in ON_CPU]
+    return verdicts
 
 
 def _with_fixed(results: Results) -> Iterator[Record]:

@@ -218,13 +218,25 @@ def test_memory_is_held_against_torchs_and_against_a_mebibyte(tmp_path):
         assert verdict(path, "peak memory, any").status == status
 
 
+def test_the_targets_of_the_cpu_path_are_for_files_of_a_cpu(tmp_path):
+    """Where fewer images count, and scaled-down workloads do not."""
+    few, small = replace(IDENTITY, batch=2, variant="few"), replace(IDENTITY, variant="small")
+    rows = [row(few, "both", "tri_stn", 1.0, peak_bytes=3), row(few, "both", "eager", 0.96, peak_bytes=2)]
+    rows += [row(small, "both", "tri_stn", 1.0, peak_bytes=9), row(small, "both", "eager", 0.1, peak_bytes=2)]
+    path = made_up(tmp_path / "a.json", rows, "cpu test")
+    found = [verdict(path, start) for start in ("on a CPU, any", "on a CPU, grids")]
+    assert [(v.status, v.measured) for v in found] == [("met", "0.96×"), ("not met", "1.5×")]
+    gpu = targets.judge(records.read(made_up(tmp_path / "b.json", rows)))
+    assert not any(v.target in targets.ON_CPU for v in gpu)
+
+
 def test_targets_are_met_only_when_all_are(tmp_path, capsys):
     status, text = run(capsys, "targets", made_up(tmp_path / "a.json", [row(IDENTITY, "both", "tri_stn", 1.0)]))
     assert status == 1
     assert len(re.findall(r"^(met|not met|not measured)  ", text, re.MULTILINE)) == len(targets.TARGETS)
     cpu = made_up(tmp_path / "b.json", [row(IDENTITY, "both", "tri_stn", 1.0)], "cpu test")
     status, text = run(capsys, "targets", cpu)
-    assert (status, f"{len(targets.TARGETS)} not measured" in text) == (1, True)
+    assert (status, f"{len(targets.TARGETS + targets.ON_CPU)} not measured" in text) == (1, True)
 
 
 def test_the_newest_file_of_a_gpu_is_the_one_without_a_name(tmp_path, capsys, monkeypatch):
