@@ -103,7 +103,9 @@ def adjoint(
         *launch.batches(grad_output, *images, *motions),
     )
     strides = launch.strides(grad_output), *map(launch.strides, images), *map(launch.parameter_strides, motions)
-    constants = launch.constants(image, *images, grad_output, parameters=launch.present(*motions, auxiliary))
+    # A walk's partial sums have a slot for each tile of the input, and may be far apart where no image is.
+    reached = image, *images, grad_output, *launch.present(partials)
+    constants = launch.constants(*reached, parameters=launch.present(*motions, auxiliary))
     far = launch.is_far(constants)
     fill = launch.packed_fill(fill) if need_parameters else None
     if scatters:
