@@ -134,11 +134,12 @@ def count(
     from tri_stn.kernels import tiling
 
     w = workload
-    layout = 2, w.channels, w.layout == "channels_last", getattr(torch, w.dtype)
+    layout = w.channels, w.layout == "channels_last", getattr(torch, w.dtype)
     theta = w.transform.draw(w.batch * w.maps, w.size, w.seed).double().numpy()
-    rows = _gather(w, _shaped(tiling.gather_tile(*layout, taps=2), block), theta, programs, seed)
+    rows = _gather(w, _shaped(tiling.gather_tile(w.size, *layout, taps=2), block), theta, programs, seed)
     if "input" in w.gradients:
-        rows += _walk(w, _shaped(tiling.walk_tile(*layout, taps=2, folds=False), block), theta, programs, seed)
+        tile = tiling.walk_tile(w.input_size, *layout, taps=2, folds=False)
+        rows += _walk(w, _shaped(tile, block), theta, programs, seed)
     return rows
 
 
