@@ -66,6 +66,8 @@ class Case:
         if self.kernel in ("walk", "scatter"):
             words.append("+theta" if self.need_parameters else "-theta")
         words += [f"C={self.channels}"] * (self.channels != 32) + ["size_1"] * (1 in self.size)
+        if self.size not in _SIZES.values():
+            words.append("x".join(map(str, reversed(self.size))))
         words += ["corners"] * self.align_corners + ["int64"] * self.far
         words += ["tangent"] * self.tangent + ["deterministic"] * self.deterministic
         words += ["fill"] * self.fill
@@ -90,6 +92,10 @@ class Resources:
     cas_loops: int
 
 
+_SIZES = {1: (256,), 2: (48, 64), 3: (6, 8, 16)}
+"""Of images whose tiles, and their outputs', are those of large ones."""
+_SMALL_SIZES = ((14, 14), (7, 7), (1, 512), (512, 1), (1, 32, 64))
+"""Those whose tiles, or their outputs', follow the size: fewer pixels, or another shape."""
 MODES, PADDING_MODES = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
 
 
@@ -133,7 +139,10 @@ def all_cases() -> list[tuple[Case, str]]:
         once += cases("affine", linear, dtype=dtype, channels_last=channels_last)
     for shape in ({"channels": 3}, {"channels": 3, **wide}, {"size": (1, 9)}, {"align_corners": True}, {"far": True}):
         once += cases("affine", linear, folding, **shape)
-    once += cases("affine", linear, folding, size=(64,))
+    once += cases("affine", linear, folding, size=(256,))
+    for size in _SMALL_SIZES:
+        once += cases("affine", linear, folding, size=size)
+    once += cases("grid", linear, ("zeros",), size=(14, 14)) + cases("grid", linear, ("zeros",), size=(1, 512), **wide)
     once += cases("projective", ("bilinear", "bicubic"), ("reflection",)) + cases("projective", linear, folding, **wide)
     once += cases("projective", linear, ("zeros",), size=(6, 8, 16)) + cases("pixel_displacement", linear, ("zeros",))
     once += cases("projective", linear, folding, tangent=True)
@@ -159,7 +168,7 @@ def all_cases() -> list[tuple[Case, str]]:
     )
     once += cases("affine", linear, folding, supersample=0, tangent=True)
     once += cases("affine", linear, ("zeros",), supersample=2, size=(6, 8, 16))
-    volume = Case("gather", "bilinear", "zeros", size=(6, 8, 16))
+    volume = Case("gather", "bilinear", "zeros", size=(6, 16, 32))
     once += [replace(volume, project=project) for project in ("sum", "argmax")]
     once += [replace(volume, project="sum", tangent=True), replace(volume, project="sum", **wide)]
     smooth = ("bilinear", "bicubic")

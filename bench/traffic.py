@@ -2,12 +2,15 @@
 
     python -m bench traffic rotate_1k --tile 16x8 --tile 32x4
 
-For a sample of programs, the gather's and the walk's own loops are replayed in numpy, without values: which
-addresses a warp asks for in one instruction, and which distinct sectors and lines a program touches in all.
+For a sample of programs, the kernels' own loops are replayed in numpy, without values: which addresses a warp asks
+for in one instruction, and which distinct sectors and lines a program touches in all. The gather; and for the
+gradients the walk, or, where the map is none that walks or the input has no gradient, the scatter.
 
     by request  every warp's sectors: what goes through L1; four corners mostly ask for the same ones again
     by program  a program's distinct sectors: what comes from L2 if L1 keeps what the program touched
     floor       the distinct bytes of the whole tensor: what comes from memory at least
+
+The scatter's atomics go past L1: of grad_input, *by request* is what comes to L2. They add in fp32 at least.
 
 A model, in three respects. A warp is 32 neighbouring lanes of the tile, x before y; in channels_last, threads lie
 along channels first, each with 16 bytes if the channels are a multiple of that, else with one number. Planes of
@@ -120,25 +123,30 @@ def cells(row: Traffic) -> tuple[object, ...]:
 def unavailable(workload: Workload) -> str:
     """Why the workload cannot be counted; empty if it can."""
     w = workload
-    if w.transform.kind != "affine" or len(w.size) != 2 or w.mode != "bilinear" or w.padding_mode != "zeros":
-        return f"{w}: traffic is counted for affine 2-D maps, bilinear, with zeros padding."
+    if len(w.size) != 2 or w.mode != "bilinear" or w.padding_mode != "zeros":
+        return f"{w}: traffic is counted in 2-D, bilinear, with zeros padding."
     return ""
 
 
 def count(
     workload: Workload, block: tuple[int, int] | None = None, programs: int = 256, seed: int = 0
 ) -> list[Traffic]:
-    """The gather's and, where the input has a gradient, the walk's traffic, for a tile (width, height) or the one
-    that the kernels would take; of so many programs, drawn at random over maps and tiles.
+    """The traffic of the gather and of the walk or the scatter, for a tile (width, height) or those that the kernels
+    would take; of so many programs, drawn at random over maps and tiles.
     """
     from tri_stn.kernels import tiling
 
     w = workload
-    layout = 2, w.channels, w.layout == "channels_last", getattr(torch, w.dtype)
+    layout = w.channels, w.layout == "channels_last", getattr(torch, w.dtype)
     theta = w.transform.draw(w.batch * w.maps, w.size, w.seed).double().numpy()
-    rows = _gather(w, _shaped(tiling.gather_tile(*layout, taps=2), block), theta, programs, seed)
-    if "input" in w.gradients:
-        rows += _walk(w, _shaped(tiling.walk_tile(*layout, taps=2, folds=False), block), theta, programs, seed)
+    rows = _gather(w, _shaped(tiling.gather_tile(w.size, *layout, taps=2), block), theta, programs, seed)
+    if "input" in w.gradients and w.transform.kind == "affine":
+        tile = tiling.walk_tile(w.input_size, *layout, taps=2, folds=False)
+        rows += _walk(w, _shaped(tile, block), theta, programs, seed)
+    elif w.gradients:
+        whole = w.transform.dense and "theta" in w.gradients
+        tile = tiling.scatter_tile(w.size, *layout, taps=2, whole=whole)
+        rows += _scatter(w, _shaped(tile, block), theta, programs, seed)
     return rows
 
 
@@ -150,22 +158,41 @@ def _shaped(tile: Tile, block: tuple[int, int] | None) -> Tile:
 
 
 def _gather(w: Workload, tile: Tile, theta: np.ndarray, programs: int, seed: int) -> list[Traffic]:
+    taps, own = _from_the_output(w, tile, theta, programs, seed)
+    image, output = (_image(w, size, tile) for size in (w.input_size, w.size))
+    work = len(theta) * tile.count(w.size)
+    return [
+        _traffic("gather", tile, "input", image, *taps, work, _share(w, theta) * w.batch),
+        _traffic("gather", tile, "output", output, *own, work, len(theta)),
+    ]
+
+
+def _scatter(w: Workload, tile: Tile, theta: np.ndarray, programs: int, seed: int) -> list[Traffic]:
+    taps, own = _from_the_output(w, tile, theta, programs, seed)
+    image, output = (_image(w, size, tile) for size in (w.input_size, w.size))
+    work, touched = len(theta) * tile.count(w.size), _share(w, theta) * w.batch
+    rows = [_traffic("scatter", tile, "grad_output", output, *own, work, len(theta))]
+    if "theta" in w.gradients:
+        rows.append(_traffic("scatter", tile, "input", image, *taps, work, touched))
+    if "input" in w.gradients:
+        sums = replace(image, itemsize=max(4, image.itemsize))
+        rows.append(_traffic("scatter", tile, "grad_input", sums, *taps, work, touched))
+    return rows
+
+
+def _from_the_output(
+    w: Workload, tile: Tile, theta: np.ndarray, programs: int, seed: int
+) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
+    """Of the sampled programs, the input pixels at each lane's four corners, and the lanes' own; each with its mask."""
     maps, (x, y), mask = _sample(tile, w.size, len(theta), programs, seed)
-    at = _look(w, theta[maps, None], x, y)
+    at = _places(w, theta, maps, x, y)
     first = [np.floor(a).astype(np.int64) for a in at]
     pixels, inside = [], []
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
         tap_x, tap_y = first[0] + dx, first[1] + dy
         pixels.append(tap_y * w.input_size[1] + tap_x)
         inside.append(mask & (tap_x >= 0) & (tap_x < w.input_size[1]) & (tap_y >= 0) & (tap_y < w.input_size[0]))
-    own = (y * w.size[1] + x)[:, None]
-    image, output = (_image(w, size, tile) for size in (w.input_size, w.size))
-    work = len(theta) * tile.count(w.size)
-    share = _share(w, theta)
-    return [
-        _traffic("gather", tile, "input", image, np.stack(pixels, 1), np.stack(inside, 1), work, share * w.batch),
-        _traffic("gather", tile, "output", output, own, mask[:, None], work, len(theta)),
-    ]
+    return (np.stack(pixels, 1), np.stack(inside, 1)), ((y * w.size[1] + x)[:, None], mask[:, None])
 
 
 def _walk(w: Workload, tile: Tile, theta: np.ndarray, programs: int, seed: int) -> list[Traffic]:
@@ -266,6 +293,22 @@ def _look(w: Workload, theta: np.ndarray, x: Ints, y: Ints) -> tuple[np.ndarray,
     return a * u + b * v + tx + (w.input_size[1] - 1) / 2, c * u + d * v + ty + (w.input_size[0] - 1) / 2
 
 
+def _places(w: Workload, theta: np.ndarray, maps: Ints, x: Ints, y: Ints) -> tuple[np.ndarray, np.ndarray]:
+    """The same for output pixels (programs, lanes) of a map of any kind for each program."""
+    if w.transform.kind == "affine":
+        return _look(w, theta[maps, None], x, y)
+    numbers = torch.from_numpy(theta)
+    kept = w.transform.kept(w.size, w.input_size, w.align_corners, numbers)
+    at = np.empty((*x.shape, 2))
+    for m in np.unique(maps):
+        grid = w.transform.grid(numbers[m : m + 1], kept, w.size, w.align_corners)[0].numpy()
+        mine = maps == m
+        at[mine] = grid[y[mine].clip(max=w.size[0] - 1), x[mine].clip(max=w.size[1] - 1)]
+    sizes = np.array(w.input_size[::-1])
+    at = (at + 1) / 2 * (sizes - 1) if w.align_corners else ((at + 1) * sizes - 1) / 2
+    return at[..., 0], at[..., 1]
+
+
 def _integers(first: np.ndarray, last: np.ndarray, size: int) -> tuple[Ints, Ints]:
     """The integers of [first, last] within an axis; a bound that is not a number is the end of the axis."""
     low = np.nan_to_num(np.ceil(first), nan=0).clip(0, size)
@@ -305,9 +348,9 @@ def _share(w: Workload, theta: np.ndarray, most: int = 4) -> float:
     seen = []
     for n in range(min(w.batch, most)):
         touched = np.zeros(w.input_size, bool)
-        y, x = np.indices(w.size)
+        y, x = (index.reshape(1, -1) for index in np.indices(w.size))
         for k in range(w.maps):
-            at = _look(w, theta[n * w.maps + k], x, y)
+            at = _places(w, theta, np.array([n * w.maps + k]), x, y)
             first = [np.floor(a).astype(np.int64) for a in at]
             for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
                 tx, ty = first[0] + dx, first[1] + dy

@@ -64,11 +64,12 @@ def adjoint(
         batch = (grad_input if need_input else grad_parameters).shape[0]
 
     dims, channels = image.dim() - 2, image.shape[1]
-    layout = dims, channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
-    scatter_tile = tiling.scatter_tile(*layout, whole=dense and need_parameters, fixed=deterministic)
-    tiles, channel_programs = scatter_tile.grid(1, channels, grad_output.shape[2:])
-    walk_tile = tiling.walk_tile(*layout, folds, tangent)
-    walk_grid = walk_tile.grid(batch, channels, image.shape[2:])
+    size, input_size = grad_output.shape[2:], image.shape[2:]
+    layout = channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
+    scatter_tile = tiling.scatter_tile(size, *layout, whole=dense and need_parameters, fixed=deterministic)
+    tiles, channel_programs = scatter_tile.grid(1, channels, size)
+    walk_tile = tiling.walk_tile(input_size, *layout, folds, tangent)
+    walk_grid = walk_tile.grid(batch, channels, input_size)
 
     compute = launch.compute_dtype(image.dtype)
     chained, programs = stages.is_chain(kind), tiles
@@ -103,7 +104,9 @@ def adjoint(
         *launch.batches(grad_output, *images, *motions),
     )
     strides = launch.strides(grad_output), *map(launch.strides, images), *map(launch.parameter_strides, motions)
-    constants = launch.constants(image, *images, grad_output, parameters=launch.present(*motions, auxiliary))
+    # A walk's partial sums have a slot for each tile of the input, and may be far apart where no image is.
+    reached = image, *images, grad_output, *launch.present(partials)
+    constants = launch.constants(*reached, parameters=launch.present(*motions, auxiliary))
     far = launch.is_far(constants)
     fill = launch.packed_fill(fill) if need_parameters else None
     if scatters:
@@ -128,7 +131,7 @@ def adjoint(
                 )
             else:
                 largest = fixed_point.largest(grad_output, batch, maps, compute)
-            terms = maps * math.prod(grad_output.shape[2:]) * stages.INTERPOLATIONS[mode].taps ** dims
+            terms = maps * math.prod(size) * stages.INTERPOLATIONS[mode].taps ** dims
             if tangent:  # the largest is one sample's
                 terms *= (supersample or 16) ** dims
             scale = fixed_point.scale(largest, terms)

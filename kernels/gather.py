@@ -240,7 +240,7 @@ def gather(
     images, motions = (input, input_tangent), (parameters, parameters_tangent)
     flags |= {"SUPERSAMPLE": supersample, "PROJECT": project}
     tile = tiling.gather_tile(
-        output.dim() - 2, input.shape[1], launch.is_channels_last(input), input.dtype, taps, flags["TANGENT"]
+        output.shape[2:], input.shape[1], launch.is_channels_last(input), input.dtype, taps, flags["TANGENT"]
     )
     gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
         output, *images, *motions, *stages.chain(kind, auxiliary, None, input.dim() - 2),

@@ -76,7 +76,9 @@ def compute_dtype(dtype):
 
 
 def constants(*images, parameters):
-    """Compile-time arguments that follow from the tensors; the first image decides the dtype."""
+    """Compile-time arguments that follow from the tensors: images, or what else has numbers of its own for each; the
+    first decides the dtype.
+    """
     far = max(*(_reach(i, 1) for i in images), *(_reach(p, 2) for p in parameters))
     return {
         "COMPUTE": tl.float64 if images[0].dtype == torch.float64 else tl.float32,

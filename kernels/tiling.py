@@ -1,17 +1,20 @@
-"""Block sizes and warps from shapes, in plain Python.
+"""Block sizes and warps from shapes, in plain Python: every launch comes through here.
 
 Tile blocks are x first. A block of 8 or 16 along x makes a warp cover a patch of the image: the
 rotation is known on the device alone, and a patch is never bad, where a line would touch 32 rows
-of the input under a quarter turn.
+of the input under a quarter turn. Where the image is smaller than the block along an axis, the block
+is as much longer along the others.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton import cdiv, next_power_of_2
+
+_WARP = 32
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,11 @@ class Tile:
 
     def grid(self, images: int, channels: int, size: Sequence[int]) -> tuple[int, int]:
         """Programs for so many images, channels and an image size (y before x, as in a shape)."""
-        return images * self.count(size), cdiv(channels, self.channels_per_program)
+        return images * self.count(size), _quotient(channels, self.channels_per_program)
 
     def count(self, size: Sequence[int]) -> int:
         """Tiles that cover an image."""
-        return math.prod(cdiv(s, b) for s, b in zip(reversed(size), self.block, strict=True))
+        return math.prod(_quotient(s, b) for s, b in zip(reversed(size), self.block, strict=True))
 
     def constants(self, far: bool = False) -> dict[str, Any]:
         """The tile as a launch takes it; `far`, 64-bit offsets, takes registers of its own."""
@@ -49,55 +52,112 @@ class Tile:
         }
 
 
-_BLOCKS = {1: {32: (32,), 128: (128,)}, 2: {32: (8, 4), 128: (16, 8)}, 3: {32: (8, 2, 2), 128: (8, 4, 4)}}
+_BLOCKS = {1: (128,), 2: (16, 8), 3: (8, 4, 4)}
+"""A program's pixels in a large image, a thread for each: (16, 16) would be 8 warps; bench/NOTES.md says why to try."""
+_BLOCKS_OF_CHANNELS = {1: (32,), 2: (8, 4), 3: (8, 2, 2)}
+"""The same where a block holds 8 channels or more beside each other, which share out the threads of 4 warps."""
+_LONGEST = max(map(math.prod, _BLOCKS.values()))
 
 
 def gather_tile(
-    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int, tangent: bool = False
+    size: Sequence[int], channels: int, channels_last: bool, dtype: torch.dtype, taps: int, tangent: bool = False
 ) -> Tile:
-    """The tile of a program that owns output pixels and walks over channels."""
-    layout = dims, channels, channels_last, dtype
-    cap = 255 if tangent and dims == 3 else 128
+    """The tile of a program that owns output pixels and walks over channels; `size` is the output's, y before x."""
+    cap = 255 if tangent and len(size) == 3 else 128
     if channels_last:
-        return _tile(*layout, most=64 if taps <= 2 else 32, per_program=256, cap=cap)
-    return _tile(*layout, most=4 if taps <= 2 else 1, per_program=64, cap=cap)
+        return _tile(size, channels, True, dtype, most=64 if taps <= 2 else 32, per_program=256, cap=cap)
+    return _tile(size, channels, False, dtype, most=4 if taps <= 2 else 1, per_program=64, cap=cap)
 
 
 def scatter_tile(
-    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int, whole: bool, fixed: bool = False
+    size: Sequence[int],
+    channels: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    taps: int,
+    whole: bool,
+    fixed: bool = False,
 ) -> Tile:
     """The tile of a program that owns output pixels and their gradients; it holds more than a gather.
 
     `whole` gives each program all channels, where it is the one writer of its pixels' gradients;
     `fixed` is for sums in 64-bit integers.
     """
-    layout = dims, channels, channels_last, dtype
-    per_program = next_power_of_2(channels) if whole else 64
+    per_program = _power_of_two(channels) if whole else 64
     most = (32 if taps <= 2 else 16) if channels_last else (4 if taps <= 2 else 1)
-    return _tile(*layout, most, per_program, cap=168 if taps <= 2 and dims <= 2 and not fixed else 255)
+    cap = 168 if taps <= 2 and len(size) <= 2 and not fixed else 255
+    return _tile(size, channels, channels_last, dtype, most, per_program, cap)
 
 
 def walk_tile(
-    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, taps: int, folds: bool, tangent: bool = False
+    size: Sequence[int],
+    channels: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    taps: int,
+    folds: bool,
+    tangent: bool = False,
 ) -> Tile:
-    """The tile of a program that owns input pixels and one block of channels; `folds` as its padding does."""
+    """The tile of a program that owns input pixels, of an input of this size, and one block of channels; `folds` as
+    its padding does.
+    """
     # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
     most = 32 if channels_last else 8
-    steps = max(folds, (taps > 2 or dims > 2) + tangent)
-    return _tile(dims, channels, channels_last, dtype, most, per_program=0, cap=(128, 168, 255)[steps])
+    steps = max(folds, (taps > 2 or len(size) > 2) + tangent)
+    return _tile(size, channels, channels_last, dtype, most, per_program=0, cap=(128, 168, 255)[steps])
 
 
 def _tile(
-    dims: int, channels: int, channels_last: bool, dtype: torch.dtype, most: int, per_program: int, cap: int
+    size: Sequence[int], channels: int, channels_last: bool, dtype: torch.dtype, most: int, per_program: int, cap: int
+) -> Tile:
+    # Rounded up to what makes a difference, so that few keys, and few compilations, serve all shapes.
+    extent = tuple(min(_power_of_two(n), _LONGEST) for n in reversed(size))
+    return _tile_of(extent, min(_power_of_two(channels), most), channels_last, dtype, most, per_program, cap)
+
+
+@functools.lru_cache(1024)
+def _tile_of(
+    extent: tuple[int, ...],
+    channels: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    most: int,
+    per_program: int,
+    cap: int,
 ) -> Tile:
     # fp64 takes two registers a number: a quarter of the channels, and half the programs at a time.
     double = dtype == torch.float64
-    held = min(next_power_of_2(channels), max(1, most // 4) if double else most)
+    held = min(channels, max(1, most // 4) if double else most)
     # Channels that lie apart are separate blocks: in one block, Triton would put a warp's threads on
     # them, or repeat the coordinates in every warp, as its version happens to break ties.
     block_c, unroll = (held, 1) if channels_last else (1, held)
-    block = _BLOCKS[dims][32 if block_c >= 8 else 128]
-    return Tile(block, block_c, unroll, max(held, per_program), num_warps=4, max_registers=255 if double else cap)
+    block = _fitted((_BLOCKS_OF_CHANNELS if block_c >= 8 else _BLOCKS)[len(extent)], extent)
+    num_warps = 4 if block_c >= 8 else math.prod(block) // _WARP
+    return Tile(block, block_c, unroll, max(held, per_program), num_warps, max_registers=255 if double else cap)
+
+
+def _fitted(block: tuple[int, ...], extent: tuple[int, ...]) -> tuple[int, ...]:
+    """A block of the same number of pixels that is no longer along an axis than the image, its size rounded up to a
+    power of two; of fewer, but a warp's, where the whole image has fewer.
+    """
+    fitted = [min(b, e) for b, e in zip(block, extent, strict=True)]
+    while math.prod(fitted) < math.prod(block):
+        short = [axis for axis, pixels in enumerate(fitted) if pixels < extent[axis]]
+        if not short:
+            fitted[0] *= max(1, _WARP // math.prod(fitted))
+            break
+        fitted[min(short, key=lambda axis: fitted[axis] / block[axis])] *= 2
+    return tuple(fitted)
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n; as `_quotient`, much quicker than Triton's own, which serve kernels as well."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _quotient(n: int, d: int) -> int:
+    """Rounded up."""
+    return -(-n // d)
 
 
 _MOST_PARTIALS = 2**18
@@ -116,4 +176,4 @@ def programs(tiles: int, numbers: int) -> int:
     many numbers in all: one for each tile, as long as the partial sums allow; else so few that all take as many.
     """
     most = max(1, _MOST_PARTIALS // max(1, numbers))
-    return cdiv(tiles, cdiv(tiles, most))
+    return _quotient(tiles, _quotient(tiles, most))

@@ -188,9 +188,10 @@ def walk_kernel(
         if NEED_PARAMETERS:
             if SUPERSAMPLE != 1:
                 gradients = tuples.scale(gradients, share)
-            slot = tile * tl.num_programs(1) + tl.program_id(1)
+            slot = tl.cast(tile, INDEX) * tl.num_programs(1) + tl.program_id(1)
+            start = n * gradients_strides[0] + tl.cast(k, INDEX) * gradients_strides[1]
             LOAD_VJP(
-                gradients_ptr + n * gradients_strides[0] + k * gradients_strides[1] + slot * gradients_stride_slot,
+                gradients_ptr + start + slot * gradients_stride_slot,
                 gradients, None, None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
             )  # fmt: skip
 

@@ -58,3 +58,36 @@ def test_elements_beyond_2_to_the_31(backend, far_apart, along, transform):
     assert max(t.untyped_storage().nbytes() for t in actual) < 1000  # nothing that is allocated is far apart
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["kernels"], indirect=True)
+def test_partial_sums_beyond_2_to_the_31(backend, monkeypatch, tmp_path):
+    """Of the matrix' gradient: those of the walk's third tile, or of the third map, lie where 32 bits do not reach."""
+    if backend == "cuda":
+        pytest.skip("a file cannot stand in for a GPU's memory")
+    step, empty, far = 2**30, torch.empty, []
+
+    def spread(*shape, **options):
+        if len(shape) != 1 or tuple(shape[0])[3:] != (6,):
+            return empty(*shape, **options)
+        images, maps, slots, numbers = shape[0]
+        reach = 2**31 + 2 * step + 100
+        path = tmp_path / str(len(far))
+        with path.open("wb") as file:
+            file.truncate(4 * (2**31 + reach))  # an offset that wraps around lands within
+        memory = torch.from_file(str(path), shared=True, size=2**31 + reach)
+        strides = (9, step, 10, 1) if maps == 3 else (9, 10, step, 1)
+        far.append(memory.as_strided((images, maps, slots, numbers), strides, 2**31))
+        return far[-1]
+
+    torch.manual_seed(0)
+    for maps, size in ((1, (20, 16)), (3, (4, 4))):
+        image, theta = torch.rand(1, 1, *size), (torch.eye(2, 3) + torch.rand(1, maps, 2, 3) / 9).requires_grad_()
+        results = []
+        for function in (empty, spread):
+            monkeypatch.setattr(torch, "empty", function)
+            output = tri_stn.warp(image.clone().requires_grad_(), tri_stn.Affine(theta))
+            results += torch.autograd.grad(output.square().sum(), theta)
+        monkeypatch.setattr(torch, "empty", empty)
+        torch.testing.assert_close(*results)
+    assert [tuple(t.shape) for t in far] == [(1, 1, 3, 6), (1, 3, 1, 6)]

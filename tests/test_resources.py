@@ -85,7 +85,7 @@ def test_channels_last_loads_are_wide(rows, arch):
         ("reduce", "affine 2-D bilinear border float32 contiguous tangent large", 168),
         ("reduce", "supersample=0 large", 128),
         ("reduce", "large", 240),  # 235 in 3-D on sm_80: a homography's sixteen gradients, held from tile to tile
-        ("scatter", "large", 224),  # 221, likewise
+        ("scatter", "large", 240),  # 221, and 225 under Triton 3.6: two programs of 4 warps fit up to 255
         ("reduce", "supersample", 176),  # 173 in 3-D, which hold a matrix's twelve gradients from sample to sample
     ],
 )

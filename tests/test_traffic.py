@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from bench import traffic
 from bench.__main__ import main
-from bench.maps import Maps
+from bench.maps import Maps, Points
 from bench.workloads import Workload
 
 # One channel: every number below is of one plane. All tiles are counted, so that means are exact.
@@ -101,13 +103,41 @@ def test_channels_last_by_hand():
     assert gather.by_program == gather.floor
 
 
+class Shifted(Points):
+    """Explicit points: the pixels themselves, a quarter of a pixel to the right and down."""
+
+    def draw(self, count, size, seed):
+        theta = torch.tensor([[1, 0, 0.5 / size[1]], [0, 1, 0.5 / size[0]]])
+        return F.affine_grid(theta.expand(count, 2, 3), [count, 1, *size], align_corners=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_scatter_adds_where_the_gather_reads_in_fp32(dtype):
+    affine = replace(PLAIN, transform=Maps((1, 1), shift=(0.5 / 64, 0.5 / 64)), dtype=dtype)
+    gather = _rows(affine, (16, 8))
+    dense = _rows(replace(affine, transform=Shifted()), (16, 8))
+    for tensor in ("input", "output"):
+        assert dense["gather", tensor] == gather["gather", tensor]
+    assert replace(dense["scatter", "input"], kernel="gather") == dense["gather", "input"]
+    # As in the identity by hand: 2 sectors for the left corners of a warp's row, 3 for the right ones, of 4 tiles.
+    added = dense["scatter", "grad_input"]
+    rows_added = 2 * 32 + (2 * 32 - 1)
+    assert added.sectors_per_request * added.requests * 32 == pytest.approx(rows_added * (4 * 2 + 3 * 3 + 2))
+    assert ("walk", "grad_input") not in dense and ("scatter", "grad_input") not in gather
+
+
+def test_a_scatter_without_the_inputs_gradient_adds_nothing():
+    rows = _rows(replace(PLAIN, gradients=("theta",)), (16, 8))
+    assert {tensor for kernel, tensor in rows if kernel == "scatter"} == {"grad_output", "input"}
+
+
 def test_the_command_prints_what_it_counted_and_refuses_the_rest(capsys):
     assert main(["traffic", "mnist_28-float32", "--programs", "8", "--tile", "16x8", "--tile", "32x4"]) == 0
     printed = capsys.readouterr().out
     assert "not measured" in printed
     assert "32x4" in printed
-    assert main(["traffic", "flow_720p"]) == 2
-    assert "affine 2-D" in capsys.readouterr().err
+    assert main(["traffic", "volume_flow"]) == 2
+    assert "2-D" in capsys.readouterr().err
     assert main(["traffic", "no such workload"]) == 2
     with pytest.raises(SystemExit):
         main(["traffic", "mnist_28", "--tile", "16"])

@@ -1,0 +1,99 @@
+"""Tiles follow the size of the image that programs own: which they are, and that results do not depend on them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from test_warp import check
+from tri_stn.kernels import tiling
+
+from tri_stn.testing import Case
+
+LAYOUTS = {"contiguous": (3, False), "channels_last": (64, True)}
+
+
+def blocks_of(size, channels, channels_last):
+    """What the three kernels take for an image of this size."""
+    layout = size, channels, channels_last, torch.float32, 2
+    return [
+        tiling.gather_tile(*layout),
+        tiling.scatter_tile(*layout, whole=False),
+        tiling.walk_tile(*layout, folds=False),
+    ]
+
+
+def lanes_used(tile, size):
+    return math.prod(size) / (tile.count(size) * math.prod(tile.block))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_never_more_programs_nor_fewer_lanes_in_use_than_in_a_tile_for_large_images(dims, layout):
+    sides = (1, 2, 3, 5, 7, 8, 9, 14, 16, 28, 33, 56, 100, 224, 2**20)
+    for size in itertools.product(sides, repeat=dims):
+        large = blocks_of((2**20,) * dims, *layout)
+        for tile, usual in zip(blocks_of(size, *layout), large, strict=True):
+            pixels, threads = math.prod(tile.block), 32 * tile.num_warps
+            assert pixels == 2 ** int(math.log2(pixels)) and 32 <= pixels <= math.prod(usual.block)
+            assert threads == (128 if layout[1] else pixels)
+            assert tile.count(size) <= usual.count(size) and lanes_used(tile, size) >= lanes_used(usual, size), size
+            if all(n >= b for n, b in zip(reversed(size), usual.block, strict=True)):
+                assert tile == usual, "an image that is no smaller takes the usual tile"
+
+
+@pytest.mark.parametrize(
+    "size,least",
+    [((7, 7), 0.76), ((1, 2**20), 1), ((2**20, 1), 1), ((1, 64, 64), 1), ((64, 1, 64), 1), ((64,), 1), ((3, 64), 0.75)],
+)
+def test_small_images_use_most_of_the_lanes(size, least):
+    for tile in blocks_of(size, *LAYOUTS["contiguous"]):
+        assert lanes_used(tile, size) >= least, tile
+
+
+def test_all_sizes_share_a_few_tiles_and_a_few_keys():
+    """Each tile is a compilation, and each key takes a place in a cache."""
+    tiling._tile_of.cache_clear()
+    sizes = list(itertools.product([*range(1, 70), 128, 1000, 1001, 2**20], repeat=2))
+    tiles = {tiling.gather_tile(size, 3, False, torch.float32, 2) for size in sizes}
+    assert len(tiles) <= 24
+    assert tiling._tile_of.cache_info().currsize <= 64
+
+
+SMALL = {
+    "row": ((1, 150), (1, 9)),
+    "column": ((150, 1), (9, 1)),
+    "seven": ((7, 7), (7, 6)),
+    "pixel": ((1, 1), (2, 1)),
+    "line": ((40,), (33,)),
+    "flat": ((1, 6, 7), (1, 5, 9)),
+    "upright": ((7, 1, 6), (6, 1, 5)),
+}
+"""Output and input sizes, which the gather's and the scatter's, and the walk's tiles follow."""
+
+
+@pytest.mark.parametrize("channels,arrangement", [(3, "contiguous"), (9, "channels_last")])
+@pytest.mark.parametrize("kind,padding_mode", [("affine", "zeros"), ("affine", "border"), ("grid", "zeros")])
+@pytest.mark.parametrize("size,input_size", SMALL.values(), ids=SMALL)
+def test_small_images_match_torch(backend, size, input_size, kind, padding_mode, channels, arrangement):
+    """Gather and walk; with border the scatter before it; of a grid the scatter alone."""
+    case = Case(kind=kind, size=size, input_size=input_size, channels=channels, arrangement=arrangement)
+    check(case.with_(padding_mode=padding_mode), backend)
+
+
+@pytest.fixture
+def larger_blocks(monkeypatch):
+    """Those of 8 warps that bench/NOTES.md would try on a GPU."""
+    monkeypatch.setitem(tiling._BLOCKS, 2, (16, 16))
+    tiling._tile_of.cache_clear()
+    yield
+    tiling._tile_of.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["kernels"], indirect=True)
+@pytest.mark.parametrize("kind,padding_mode", [("affine", "border"), ("grid", "zeros")])
+def test_blocks_of_eight_warps_match_torch(backend, larger_blocks, kind, padding_mode):
+    case = Case(kind=kind, size=(19, 33), input_size=(18, 20), images=1, padding_mode=padding_mode)
+    tile = tiling.scatter_tile(case.size, case.channels, False, case.dtype, taps=2, whole=False)
+    assert (tile.block, tile.num_warps) == ((16, 16), 8)
+    check(case, backend)
