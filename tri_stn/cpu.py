@@ -68,15 +68,17 @@ def warp(
         if len(source) == 1:
             source = source.expand(len(grid) * bands, *source.shape[1:])
         found = sample(source, _in_bands(grid, bands), *options)
-        if part.together > 1:
-            found = found.unflatten(2, (part.together // bands, -1)).transpose(1, 2).flatten(0, 1)
-        elif bands > 1:
-            found = found.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        if len(parts) == 1:
-            return found.to(input.dtype).contiguous(memory_format=layout)
+        if len(parts) == 1 and bands == part.together == 1:
+            return found.to(input.dtype, memory_format=layout)
         if output is None:
             output = torch.empty((maps.count, input.shape[1], *size), dtype=input.dtype, memory_format=layout)
-        output[part.first : part.last, :, part.start : part.stop] = found
+        target = output[part.first : part.last, :, part.start : part.stop]
+        if part.together > 1:
+            target = target.unflatten(0, (len(found), -1)).transpose(1, 2)
+            found = found.unflatten(2, (target.shape[2], -1))
+        elif bands > 1:
+            target = target[0].unflatten(1, (bands, -1)).transpose(0, 1)
+        target.copy_(found)
         del grid, found  # before the next ones are made
     return output
 

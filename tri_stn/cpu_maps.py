@@ -114,15 +114,15 @@ class Maps:
         if (each + copied * beside) * self.count <= limit:
             return [Part(slice(None), 0, self.count, 0, height, self._together(self.count, rows))]
         each += beside
-        step = limit // each
+        step = _even(limit // each, k)
         if step >= k:
-            starts = range(0, self.count, step // k * k)
+            starts = range(0, self.count, step)
             ends = [min(start + starts.step, self.count) for start in starts]
             return [
                 Part(slice(a // k, b // k), a, b, 0, height, self._together(b - a, rows))
                 for a, b in zip(starts, ends, strict=True)
             ]
-        step = max(1, step)
+        step = max(1, _even(step, 1))
         band = height if step > 1 or not rows else max(1, limit * height // each)
         if self.kind == _SPLINE:
             band = max(1, band // self._block) * self._block
@@ -374,6 +374,14 @@ class Maps:
                 if bool((suspect & (tied > 1 + m // 32)).any()):
                     return True
         return False
+
+
+def _even(count: int, unit: int) -> int:
+    """As many whole units, of which all threads have as many if there are enough."""
+    for whole in (unit * torch.get_num_threads(), unit):
+        if count >= whole:
+            return count // whole * whole
+    return count
 
 
 def _planes(field: Tensor) -> Tensor:
