@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .reference import PLAIN, Access, Corner
+from .reference import PLAIN, Access, Tap
 
-FEWEST_CHANNELS = 16
+FEWEST_CHANNELS = 64
 """With fewer, the coordinates cost more than the channels save."""
 
 
@@ -38,7 +38,8 @@ def _is_table(image: Tensor) -> bool:
 class _Bags:
     """The taps of S samples that lie inside, in order."""
 
-    def __init__(self, image: Tensor, corners: Sequence[Corner]) -> None:
+    def __init__(self, image: Tensor, taps: Sequence[Tap]) -> None:
+        corners = [corner for corner, _ in taps]
         pixels = math.prod(image.shape[2:])
         first = torch.arange(len(image)).view(-1, 1, 1) * pixels
         index = torch.stack([corner.flat(image)[:, 0] + first for corner in corners], -1)
@@ -46,6 +47,8 @@ class _Bags:
         self.shape, self.taps = index.shape[:-1], len(corners)
         self.kept = None if bool(inside.all()) else inside.flatten().nonzero().squeeze(1)
         self.index = self.chosen(index)
+        weights = torch.broadcast_tensors(*(weight for _, weight in taps))
+        self.weights = self.chosen(torch.stack(weights, -1).expand(index.shape))
         if self.kept is None:
             self.start = torch.arange(0, index.numel(), self.taps)
         else:
@@ -79,41 +82,34 @@ def _rows(samples: Tensor) -> Tensor:
     return samples.movedim(1, -1).flatten(0, -2).contiguous()
 
 
-def _unzip(taps: Iterable[tuple[Corner, Tensor]]) -> tuple[list[Corner], Tensor]:
-    corners, weights = zip(*taps, strict=True)
-    return list(corners), torch.stack(torch.broadcast_tensors(*weights), -1)
-
-
-def _weighted_sum(image: Tensor, taps: Iterable[tuple[Corner, Tensor]]) -> Tensor:
+def _weighted_sum(image: Tensor, taps: Iterable[Tap]) -> Tensor:
     if not _is_table(image):
         return PLAIN.read(image, taps)
-    corners, weights = _unzip(taps)
-    bags = _Bags(image, corners)
-    weights = bags.chosen(weights.expand(*bags.shape, -1))
-    rows = torch.embedding_bag(_table(image), bags.index, bags.start, False, 0, False, weights)[0]
+    bags = _Bags(image, list(taps))
+    rows = torch.embedding_bag(_table(image), bags.index, bags.start, False, 0, False, bags.weights)[0]
     return rows.view(*bags.shape, -1).movedim(-1, 1)
 
 
-def _add_weighted(image: Tensor, taps: Iterable[tuple[Corner, Tensor]], samples: Tensor) -> None:
-    corners, weights = _unzip(taps)
-    bags, rows, table = _Bags(image, corners), _rows(samples), _table(image)
-    weights = bags.chosen(weights.expand(*bags.shape, -1))
-    shape = len(table), len(rows)
-    matrix = torch.sparse_coo_tensor(torch.stack([bags.index, bags.sample]), weights, shape, check_invariants=False)
-    table.addmm_(matrix, rows)
-
-
-def _dots(image: Tensor, corners: Sequence[Corner], samples: Tensor) -> Iterator[Tensor]:
-    if not _is_table(image):
-        yield from PLAIN.dots(image, corners, samples)
-        return
-    bags = _Bags(image, corners)
+def _back(grad_image: Tensor | None, image: Tensor | None, taps: Sequence[Tap], samples: Tensor) -> Sequence[Tensor]:
+    if not all(_is_table(there) for there in (grad_image, image) if there is not None):
+        return list(PLAIN.back(grad_image, image, taps, samples))
+    like = grad_image if grad_image is not None else image
+    if like is None:
+        return ()
+    bags, rows = _Bags(like, taps), _rows(samples)
+    sample = bags.sample
+    if grad_image is not None:
+        table, places = _table(grad_image), torch.stack([bags.index, sample])
+        shape = len(table), len(rows)
+        table.addmm_(torch.sparse_coo_tensor(places, bags.weights, shape, check_invariants=False), rows)
+    if image is None:
+        return ()
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        _rows(samples), _table(image), bags.index, bags.start, bags.sample, 0
+        rows, _table(image), bags.index, bags.start, sample, 0
     )
-    yield from bags.spread(dots).unbind(-1)
+    return bags.spread(dots).unbind(-1)
 
 
-ROWS = Access(_weighted_sum, _add_weighted, _dots, tensors=1)
+ROWS = Access(_weighted_sum, _back, tensors=1)
 gather = functools.partial(reference.gather, access=ROWS)
 adjoint = functools.partial(reference.adjoint, access=ROWS)

@@ -386,17 +386,17 @@ INTERPOLATIONS = {
 class Access:
     """How pixels are read and added to; `cpu_rows` has another way for images of many channels."""
 
-    read: Callable[[Tensor, Iterable[tuple[Corner, Tensor]]], Tensor]
-    """Images (M, C, *size), corners and their weights (M, K, P) → sums (M, C, K, P)."""
-    add: Callable[[Tensor, Iterable[tuple[Corner, Tensor]], Tensor], None]
-    """Adds weights times samples (M, C, K, P) to images."""
-    dots: Callable[[Tensor, Sequence[Corner], Tensor], Iterable[Tensor]]
-    """For each corner, its pixels' products with samples (M, C, K, P), summed over channels: (M, K, P)."""
+    read: Callable[[Tensor, Iterable[Tap]], Tensor]
+    """Images (M, C, *size) and taps → weighted sums (M, C, K, P)."""
+    back: Callable[[Tensor | None, Tensor | None, Sequence[Tap], Tensor], Iterable[Tensor]]
+    """Adds weights times samples (M, C, K, P) to images, the first; for each tap, its pixels' products with the samples
+    in other images, the second, summed over channels: (M, K, P).
+    """
     tensors: int = 4
     """How many tensors as large as the samples there are at a time, about."""
 
 
-def _weighted_sum(image: Tensor, taps: Iterable[tuple[Corner, Tensor]]) -> Tensor:
+def _weighted_sum(image: Tensor, taps: Iterable[Tap]) -> Tensor:
     total = torch.zeros((), dtype=compute_dtype(image.dtype))
     for corner, weight in taps:
         value = _read(image, corner).to(total.dtype)
@@ -404,18 +404,16 @@ def _weighted_sum(image: Tensor, taps: Iterable[tuple[Corner, Tensor]]) -> Tenso
     return total
 
 
-def _add_weighted(image: Tensor, taps: Iterable[tuple[Corner, Tensor]], samples: Tensor) -> None:
-    for corner, weight in taps:
-        added = torch.where(corner.inside[:, None], weight[:, None] * samples, 0)
-        image.flatten(2).scatter_add_(2, corner.flat(image).expand_as(added).flatten(2), added.flatten(2))
+def _back(grad_image: Tensor | None, image: Tensor | None, taps: Sequence[Tap], samples: Tensor) -> Iterator[Tensor]:
+    if grad_image is not None:
+        for corner, weight in taps:
+            added = torch.where(corner.inside[:, None], weight[:, None] * samples, 0)
+            index = corner.flat(grad_image).expand_as(added)
+            grad_image.flatten(2).scatter_add_(2, index.flatten(2), added.flatten(2))
+    return ((_read(image, corner).to(samples.dtype) * samples).sum(1) for corner, _ in taps if image is not None)
 
 
-def _dots(image: Tensor, corners: Sequence[Corner], samples: Tensor) -> Iterator[Tensor]:
-    for corner in corners:
-        yield (_read(image, corner).to(samples.dtype) * samples).sum(1)
-
-
-PLAIN = Access(_weighted_sum, _add_weighted, _dots)
+PLAIN = Access(_weighted_sum, _back)
 
 
 # --- the two operations ----------------------------------------------------------------------------
@@ -523,18 +521,16 @@ def _adjoint(
             grad = grad * chunk.share[:, None]
         grad_x = [torch.zeros_like(x) for x in chunk.x]
         held_grad_x = [torch.zeros_like(x) for x in chunk.x]  # of the samples where they are, for a map that bends
-        if grad_image is not None:
-            access.add(grad_image, chunk.taps(), grad)
-        corners = list(chunk.corners()) if needs_map else []
-        if input is not None:
-            for corner, dot in zip(corners, access.dots(input, corners, grad), strict=True):
-                for axis in range(len(chunk.x)):
-                    slope = corner.slope(axis) if chunk.t is None else corner.slope_jvp(axis)
-                    grad_x[axis] += torch.where(corner.inside, slope * dot, 0)
-                    if chunk.tangents is not None and transform.map_vjp_jvp is not None:
-                        held_grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
-        if input_tangent is not None:
-            for corner, dot in zip(corners, access.dots(input_tangent, corners, grad), strict=True):
+        taps = list(chunk.taps())
+        dots = access.back(grad_image, input if needs_map else None, taps, grad)
+        for (corner, _), dot in zip(taps, dots, strict=False):  # no dots where the map's gradient is not asked for
+            for axis in range(len(chunk.x)):
+                slope = corner.slope(axis) if chunk.t is None else corner.slope_jvp(axis)
+                grad_x[axis] += torch.where(corner.inside, slope * dot, 0)
+                if chunk.tangents is not None and transform.map_vjp_jvp is not None:
+                    held_grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
+        if needs_map and input_tangent is not None:
+            for (corner, _), dot in zip(taps, access.back(None, input_tangent, taps, grad), strict=True):
                 for axis in range(len(chunk.x)):
                     grad_x[axis] += torch.where(corner.inside, corner.slope(axis) * dot, 0)
         if needs_map and input is not None and fill is not None:
@@ -613,6 +609,10 @@ class Corner:
         return math.prod((w for axis, w in enumerate(self.weights) if axis not in axes), start=g)
 
 
+Tap = tuple[Corner, Tensor]
+"""A corner, and what it weighs for each sample: (M, K, P)."""
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """Some output pixels of every map, and where they look."""
@@ -643,7 +643,7 @@ class _Chunk:
     def dtype(self) -> torch.dtype:
         return self.x[0].dtype
 
-    def taps(self) -> Iterator[tuple[Corner, Tensor]]:
+    def taps(self) -> Iterator[Tap]:
         """All corners and what they weigh; where the coordinates move, what their weights change by."""
         for corner in self.corners():
             yield corner, corner.weight() if self.t is None else corner.weight_jvp()
