@@ -11,7 +11,7 @@ fills, masks, several samples per pixel, tangents, batches that are not equal, a
 - many samples exactly on pixels (between them, for nearest), such as the identity's: which side they fall on is the
   convention's to say, and a normalised coordinate has lost that to rounding.
 
-ATen gives each image of a batch to one thread. Where there are fewer than threads, bands of rows stand for images.
+ATen gives each image of a batch to one thread. Where there is one, bands of its samples stand for images.
 
 Shape notes: M images, K maps per image.
 """
@@ -19,6 +19,7 @@ Shape notes: M images, K maps per image.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -63,8 +64,8 @@ def warp(
     output = None
     for part in parts:
         source, grid = input[part.images].to(maps.dtype), maps.grid(part)
-        # Whole maps, or rows of one.
-        bands = _bands(grid, part.together if part.together > 1 else grid.shape[1]) if len(source) == 1 else 1
+        whole = part.together if part.together > 1 else math.prod(grid.shape[1:-1])  # maps, or samples
+        bands = _bands(grid, whole) if len(source) == 1 else 1
         if len(source) == 1:
             source = source.expand(len(grid) * bands, *source.shape[1:])
         found = sample(source, _in_bands(grid, bands), *options)
@@ -75,10 +76,9 @@ def warp(
         target = output[part.first : part.last, :, part.start : part.stop]
         if part.together > 1:
             target = target.unflatten(0, (len(found), -1)).transpose(1, 2)
-            found = found.unflatten(2, (target.shape[2], -1))
         elif bands > 1:
-            target = target[0].unflatten(1, (bands, -1)).transpose(0, 1)
-        target.copy_(found)
+            target = target[0].view(len(target[0]), bands, -1).transpose(0, 1)
+        target.copy_(found.view(target.shape))
         del grid, found  # before the next ones are made
     return output
 
@@ -110,11 +110,11 @@ def warp_backward(
         grad = grad[:, :, part.start : part.stop].to(dtype)
         # Each band has an image of its own, added up below: as many as take no more than a grid and its gradient.
         most = 1 + 2 * grid.numel() // source.numel() if need_input else None
-        bands = _bands(grid, grid.shape[1], most) if len(source) == 1 else 1
+        bands = _bands(grid, math.prod(grid.shape[1:-1]), most) if len(source) == 1 else 1
         if part.together > 1:
             grad = grad.unflatten(0, (-1, part.together)).transpose(1, 2).flatten(2, 3)
         if bands > 1:
-            grad = grad[0].unflatten(1, (bands, -1)).transpose(0, 1)
+            grad = grad[0].flatten(1).unflatten(1, (bands, *[1] * (maps.dims - 1), -1)).transpose(0, 1)
         if len(source) == 1:
             source = source.expand(len(grid) * bands, *source.shape[1:])
         grad_image, grad_grid = back(grad, source, _in_bands(grid, bands), *options)
@@ -147,14 +147,15 @@ def _is_alone(images: Tensor) -> bool:
     return len(images) == 1 and torch.get_num_threads() > 1
 
 
-def _bands(grid: Tensor, rows: int, most: int | None = None) -> int:
-    """Into how many bands of as many rows, or maps, the one grid of an image falls, so that all threads have one."""
+def _bands(grid: Tensor, count: int, most: int | None = None) -> int:
+    """Into how many bands of as many maps or samples the one grid of an image falls, so that all threads have one."""
     threads = torch.get_num_threads()
     if threads == 1 or len(grid) > 1 or grid.numel() < 2**13:
         return 1
     counts = range(threads, min(8 * threads, most or 8 * threads) + 1)
-    return next((count for count in counts if rows % count == 0), 1)
+    return next((bands for bands in counts if count % bands == 0), 1)
 
 
 def _in_bands(grid: Tensor, bands: int) -> Tensor:
-    return grid[0].unflatten(0, (bands, -1)) if bands > 1 else grid
+    """(1, *size, d) → (bands, 1, …, samples, d)."""
+    return grid.reshape(bands, *[1] * (grid.dim() - 3), -1, grid.shape[-1]) if bands > 1 else grid
