@@ -264,11 +264,11 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-def times(function: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """Seconds of each of many calls, after a warm-up, in about the time given."""
+def times(function: Callable[[], object], device: torch.device, seconds: float, least: int = 3) -> list[float]:
+    """Seconds of each of many calls, after a warm-up, in about the time given; on a CPU of so many at least."""
     if device.type == "cuda":
         return _cuda_times(function, device, seconds)
-    return _cpu_times(function, seconds)
+    return _cpu_times(function, seconds, least)
 
 
 def _cuda_times(function: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
@@ -290,10 +290,10 @@ def _cuda_times(function: Callable[[], object], device: torch.device, seconds: f
     return repeat(min(max(round(seconds / max(estimate, 1e-6)), 20), 500))
 
 
-def _cpu_times(function: Callable[[], object], seconds: float) -> list[float]:
+def _cpu_times(function: Callable[[], object], seconds: float, least: int) -> list[float]:
     function()
     found: list[float] = []
-    while len(found) < 3 or (sum(found) < seconds and len(found) < 100):
+    while len(found) < least or (sum(found) < seconds and len(found) < 100):
         start = time.perf_counter()
         function()
         found.append(time.perf_counter() - start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +15,12 @@ from .providers import Forward, Provider, copy_of
 from .results import Row
 from .workloads import Tensors, Workload, make_tensors
 
+Call = Callable[[], tuple[Tensor, ...]]
+
 LAUNCH_BOUND = 1e-3
 """Seconds on the device below which the host's part of a call is measured as well."""
+ROUNDS = 3
+"""Of rows one after another, where other processes share the device."""
 TUNING_SECONDS = 30
 """After so long, no further mode of a provider is tried for a workload."""
 
@@ -83,7 +87,7 @@ def run(jobs: Sequence[Job], settings: Settings) -> Iterator[list[Row]]:
             yield left_out(job, settings.directions, reason)
             continue
         try:
-            yield list(_run_job(job, settings))
+            yield _run_job(job, settings)
         except torch.OutOfMemoryError:
             reason = "The device has too little memory for the tensors or the fp64 truth."
             yield left_out(job, settings.directions, reason)
@@ -107,7 +111,21 @@ def too_large(workload: Workload, device: torch.device) -> str:
     return f"Measuring it takes about {need} of memory; this machine has {have} to spare."
 
 
-def _run_job(job: Job, settings: Settings) -> Iterator[Row]:
+def _run_job(job: Job, settings: Settings) -> list[Row]:
+    """The rows of a job. On a CPU their times are taken in rounds, one row after another, as others use the machine."""
+    found = list(_measured(job, settings))
+    rows = [row for row, _ in found]
+    with measure.settings_of(job.workload):
+        for _ in range(ROUNDS - 1 if settings.device.type == "cpu" else 0):
+            for i, (_, call) in enumerate(found):
+                if call is not None:
+                    more = measure.times(call, settings.device, settings.seconds / ROUNDS, least=1)
+                    rows[i] = replace(rows[i], times=[*rows[i].times, *more])
+    return rows
+
+
+def _measured(job: Job, settings: Settings) -> Iterator[tuple[Row, Call | None]]:
+    """Each row, and what it timed if that matched."""
     workload, device = job.workload, settings.device
     tensors = make_tensors(workload, device)
     truth: dict[str, Tensor] = {}
@@ -134,13 +152,13 @@ def _run_job(job: Job, settings: Settings) -> Iterator[Row]:
                 why = reason
                 if why is None and direction == "double" and not provider.twice:
                     why = f"The backward pass of {provider.name} cannot be differentiated."
-                new = replace(row, direction=direction, reason=why or "")
+                new, call = replace(row, direction=direction, reason=why or ""), None
                 if why is None:
                     try:
-                        new = _measure(new, forward, tensors, share, settings)
+                        new, call = _measure(new, forward, tensors, share, settings)
                     except Exception as error:
                         new = replace(new, reason=_explain(error, provider, device), failed=_is_fault(error, provider))
-                yield new
+                yield new, call
 
 
 def _build(provider: Provider, workload: Workload, tensors: Tensors, settings: Settings) -> tuple[Forward, str]:
@@ -174,20 +192,27 @@ def fastest(provider: Provider, workload: Workload, tensors: Tensors, settings: 
     return forward, mode
 
 
-def _measure(row: Row, forward: Forward | None, tensors: Tensors, share: float, settings: Settings) -> Row:
-    """The row with its times, if its result is right; without a forward, those of a copy of as many bytes."""
+def _measure(
+    row: Row, forward: Forward | None, tensors: Tensors, share: float, settings: Settings
+) -> tuple[Row, Call | None]:
+    """The row with its times, if its result is right, and the call; without a forward, those of a copy of as many
+    bytes.
+    """
     moved = measure.bytes_moved(row.workload, row.direction, share)
     row = replace(row, bytes=moved, floor=moved / settings.bandwidth)
     if forward is None:
-        return replace(row, times=measure.times(copy_of(moved, settings.device), settings.device, settings.seconds))
+        copies = measure.times(copy_of(moved, settings.device), settings.device, settings.seconds)
+        return replace(row, times=copies), None
     if not measure.matches(row.errors, row.limits, row.direction):
-        return replace(row, match=False, failed=True, reason="The result is too far from the fp64 truth.")
+        return replace(row, match=False, failed=True, reason="The result is too far from the fp64 truth."), None
     call = measure.call(forward, tensors, row.direction)
     peak = measure.peak_bytes(call, settings.device)
-    row = replace(row, match=True, times=measure.times(call, settings.device, settings.seconds), peak_bytes=peak)
+    rounds = ROUNDS if settings.device.type == "cpu" else 1
+    times = measure.times(call, settings.device, settings.seconds / rounds, least=1 if rounds > 1 else 3)
+    row = replace(row, match=True, times=times, peak_bytes=peak)
     if settings.device.type == "cuda" and row.median < LAUNCH_BOUND:
-        return replace(row, wall=measure.wall_times(call, settings.device))
-    return row
+        row = replace(row, wall=measure.wall_times(call, settings.device))
+    return row, call
 
 
 def left_out(job: Job, directions: Sequence[str], reason: str) -> list[Row]:

@@ -145,8 +145,8 @@ def bench(tmp_path, monkeypatch, capsys):
 
     def fake(job, settings):
         begun.append((str(job.workload), *(p.name for p in job.providers)))
-        for row in run.left_out(job, settings.directions, ""):
-            yield replace(_timed(row.provider, job.workload), direction=row.direction, match=True)
+        rows = run.left_out(job, settings.directions, "")
+        return [replace(_timed(row.provider, job.workload), direction=row.direction, match=True) for row in rows]
 
     monkeypatch.setattr(run, "_run_job", fake)
     monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: len(begun)))  # a second for each job
@@ -231,6 +231,21 @@ def test_of_a_provider_s_modes_the_fastest_counts(monkeypatch):
         run.fastest(replace(provider, modes=("broken", "default")), SMALL, tensors, SETTINGS)
     assert replace(_timed("modes"), mode="quicker").to_json()["extra_info"]["mode"] == "quicker"
     assert "mode" not in _timed("eager").to_json()["extra_info"]
+
+
+def test_rows_of_a_cpu_are_timed_in_rounds(monkeypatch):
+    """So that what others do on the machine meets all providers."""
+    order = []
+
+    def times(call, device, seconds, least=3):
+        order.append(call)
+        return [float(len(order))]
+
+    monkeypatch.setattr(measure, "times", times)
+    providers = (PROVIDERS["tri_stn"], PROVIDERS["eager"])
+    (rows,) = run.run([run.Job(SMALL, providers)], run.Settings(CPU, ("forward",), 1e-3, 60, 1e9))
+    assert order[:2] * run.ROUNDS == order and len(set(order)) == 2
+    assert [row.times for row in rows] == [[1.0, 3.0, 5.0], [2.0, 4.0, 6.0]]
 
 
 def test_a_wrong_result_gets_no_times():

@@ -104,13 +104,14 @@ def warp_backward(
     grad_input: Tensor | None = None
     grad_parameters: Tensor | None = None
     copied = need_input and (layout != torch.contiguous_format or grad_output.dtype != dtype)
-    parts = maps.parts(shape[1], False, copied, rows=not need_input)
+    images = 1 + torch.get_num_threads()
+    small = maps.count == 1 and images * input.numel() <= 2 * maps.dims * math.prod(maps.size)
+    parts = maps.parts(shape[1], False, copied, rows=small or not need_input)
     for part in parts:
         source, grid, grad = input[part.images].to(dtype), maps.grid(part), grad_output[part.first : part.last]
         grad = grad[:, :, part.start : part.stop].to(dtype)
-        # Each band has an image of its own, added up below: as many as take no more than a grid and its gradient.
-        most = 1 + 2 * grid.numel() // source.numel() if need_input else None
-        bands = _bands(grid, math.prod(grid.shape[1:-1]), most) if len(source) == 1 else 1
+        # Each band, as each part, has an image of its own, which is added: not where images outweigh grids.
+        bands = _bands(grid, math.prod(grid.shape[1:-1])) if len(source) == 1 and (small or not need_input) else 1
         if part.together > 1:
             grad = grad.unflatten(0, (-1, part.together)).transpose(1, 2).flatten(2, 3)
         if bands > 1:
@@ -129,7 +130,7 @@ def warp_backward(
             if grad_input is None:  # sums over an image's maps in 16 bits would lose
                 sums = grad_output.dtype if parameters.shape[1] == 1 else dtype
                 grad_input = torch.empty(shape, dtype=sums, memory_format=layout)
-            if part.first % parameters.shape[1] == 0:
+            if part.first % parameters.shape[1] == 0 and part.start == 0:
                 grad_input[part.images] = grad_image
             else:
                 grad_input[part.images] += grad_image
@@ -147,13 +148,12 @@ def _is_alone(images: Tensor) -> bool:
     return len(images) == 1 and torch.get_num_threads() > 1
 
 
-def _bands(grid: Tensor, count: int, most: int | None = None) -> int:
+def _bands(grid: Tensor, count: int) -> int:
     """Into how many bands of as many maps or samples the one grid of an image falls, so that all threads have one."""
     threads = torch.get_num_threads()
     if threads == 1 or len(grid) > 1 or grid.numel() < 2**13:
         return 1
-    counts = range(threads, min(8 * threads, most or 8 * threads) + 1)
-    return next((bands for bands in counts if count % bands == 0), 1)
+    return next((bands for bands in range(threads, 8 * threads + 1) if count % bands == 0), 1)
 
 
 def _in_bands(grid: Tensor, bands: int) -> Tensor:

@@ -97,7 +97,8 @@ class Maps:
     def parts(self, channels: int, forward: bool, copied: bool, rows: bool = True) -> list[Part]:
         """The whole where its grids, one or with its gradient two, are small; else parts for which they are, with what
         a map's output or image takes beside, which counts for the whole too if it is `copied`. In `rows`, or with all
-        maps of an image together, as the gradient of an image wants them.
+        maps of an image together, as the gradient of an image wants them. Of several images each thread has one, as
+        long as that takes no more than all grids.
         """
         beside = channels * math.prod(self.size if forward else self.input_size) * self.dtype.itemsize
         grids = 1 if forward else 2
@@ -111,10 +112,16 @@ class Maps:
         elif self.kind in _FIELDS:
             grids = 1
         each = grids * self.dims * math.prod(self.size) * self.dtype.itemsize
-        if (each + copied * beside) * self.count <= limit:
+        all_grids, images = each * self.count, self.count // k
+        busy = min(images, torch.get_num_threads()) if images > 1 else 0
+        if (each + copied * beside) * self.count <= max(limit, all_grids if busy == images else 0):
             return [Part(slice(None), 0, self.count, 0, height, self._together(self.count, rows))]
         each += beside
+        if forward is False and rows and self.count == 1:
+            limit = max(limit, 2 * beside)
         step = _even(limit // each, k)
+        if busy * k * each <= all_grids:
+            step = max(step, busy * k)
         if step >= k:
             starts = range(0, self.count, step)
             ends = [min(start + starts.step, self.count) for start in starts]
