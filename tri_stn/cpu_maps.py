@@ -98,7 +98,7 @@ class Maps:
         """The whole where its grids, one or with its gradient two, are small; else parts for which they are, with what
         a map's output or image takes beside, which counts for the whole too if it is `copied`. In `rows`, or with all
         maps of an image together, as the gradient of an image wants them. Of several images each thread has one, as
-        long as that takes no more than all grids.
+        long as that takes no more than all grids, and what is copied in any case.
         """
         beside = channels * math.prod(self.size if forward else self.input_size) * self.dtype.itemsize
         grids = 1 if forward else 2
@@ -120,7 +120,7 @@ class Maps:
         if forward is False and rows and self.count == 1:
             limit = max(limit, 2 * beside)
         step = _even(limit // each, k)
-        if busy * k * each <= all_grids:
+        if busy * k * each <= all_grids + copied * beside * self.count:
             step = max(step, busy * k)
         if step >= k:
             starts = range(0, self.count, step)
