@@ -107,6 +107,7 @@ COMMON = [
     Case(size=(3, 4, 5), input_size=(4, 3, 6), arrangement="channels_last"),
     Case(size=(3, 4, 5), input_size=(4, 3, 6), kind="displacement", maps=2, dtype=torch.float64),
     Case(arrangement="channels_last", channels=5, maps=2, align_corners=True),
+    Case(images=1, size=(40, 30), input_size=(5, 4), dtype=torch.bfloat16),
 ]
 
 
@@ -227,6 +228,21 @@ def test_large_outputs_take_less_memory_than_torchs(backend):
     for measure in (lambda warp: (warp().detach(),), step):
         mine, others = (peak_bytes(functools.partial(measure, warp), torch.device("cpu")) for warp in (ours, torchs))
         assert mine < 2.1 * cpu_maps.CHUNK_BYTES and mine < 0.7 * others
+
+
+@pytest.mark.parametrize("arrangement", ["contiguous", "channels_last"])
+def test_a_long_row_of_points_goes_part_by_part(served, arrangement, monkeypatch):
+    case = Case(kind="grid", images=2, maps=2, size=(1, 2048), input_size=(9, 8), channels=5, arrangement=arrangement)
+    monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", 20000)
+    image, points, _ = case.tensors()
+    image, points = image.requires_grad_(), points.requires_grad_()
+    compare(case, *case.tensors())
+    assert all(served)
+    output = tri_stn.warp(image, tri_stn.Grid(points), case.size)
+    layout = torch.channels_last if arrangement == "channels_last" else torch.contiguous_format
+    assert output.flatten(0, 1).is_contiguous(memory_format=layout)
+    peak = peak_bytes(lambda: (tri_stn.warp(image, tri_stn.Grid(points), case.size).detach(),), torch.device("cpu"))
+    assert peak < 5 * cpu_maps.CHUNK_BYTES < output.numel() * 4
 
 
 def test_autocast_leaves_the_grid_alone(backend):

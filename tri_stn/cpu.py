@@ -54,12 +54,16 @@ def warp(
     kind: str, mode: str, padding_mode: str, align_corners: bool,
 ) -> Tensor | None:  # fmt: skip
     """Input (M, C, *input_size) read through parameters (M, K, …): a new (M * K, C, *size) in a layout; or None."""
+    options = mode, padding_mode, align_corners
+    if _is_long_row(kind, size):
+        found = warp(input, _wrapped(parameters), (_ROWS, size[1] // _ROWS), layout, kind, *options)
+        return None if found is None else found.flatten(2).unsqueeze(2)
     maps = Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, align_corners)
     if maps is None:
         return None
     sample = torch.grid_sampler_2d if maps.dims == 2 else torch.grid_sampler_3d
-    options = _MODES[mode], _PADDINGS[padding_mode], align_corners
-    copied = layout != torch.contiguous_format or input.dtype != maps.dtype or _is_alone(input)
+    aten_options = _MODES[mode], _PADDINGS[padding_mode], align_corners
+    copied = layout != torch.contiguous_format or input.dtype != maps.dtype or maps.per_image > 1 or _is_alone(input)
     parts = maps.parts(input.shape[1], True, copied)
     output = None
     for part in parts:
@@ -68,7 +72,7 @@ def warp(
         bands = _bands(grid, whole) if len(source) == 1 else 1
         if len(source) == 1:
             source = source.expand(len(grid) * bands, *source.shape[1:])
-        found = sample(source, _in_bands(grid, bands), *options)
+        found = sample(source, _in_bands(grid, bands), *aten_options)
         if len(parts) == 1 and bands == part.together == 1:
             return found.to(input.dtype, memory_format=layout)
         if output is None:
@@ -90,6 +94,12 @@ def warp_backward(
     need_input: bool, need_parameters: bool, kind: str, mode: str, padding_mode: str, align_corners: bool,
 ) -> tuple[Tensor | None, Tensor | None] | None:  # fmt: skip
     """The gradients of input and parameters that are wanted, the former in a layout; or None."""
+    if _is_long_row(kind, grad_output.shape[2:]):
+        row = grad_output.unflatten(3, (_ROWS, -1)).flatten(2, 3), input, _wrapped(parameters), input_size, layout
+        gradients = warp_backward(*row, need_input, need_parameters, kind, mode, padding_mode, align_corners)
+        if gradients is None or gradients[1] is None:
+            return gradients
+        return gradients[0], gradients[1].view(parameters.shape)
     dtype, shape = compute_dtype(grad_output.dtype), (len(parameters), grad_output.shape[1], *input_size)
     if input is None and not need_parameters:
         input = grad_output.new_zeros(1).expand(shape)  # ATen reads it for the grid's gradient, which nobody takes
@@ -127,8 +137,8 @@ def warp_backward(
         if len(parts) == 1:
             grad_input = grad_image
         elif need_input:
-            if grad_input is None:  # sums over an image's maps in 16 bits would lose
-                sums = grad_output.dtype if parameters.shape[1] == 1 else dtype
+            if grad_input is None:  # sums over the maps or parts of an image in 16 bits would lose
+                sums = grad_output.dtype if parameters.shape[1] == 1 and not small else dtype
                 grad_input = torch.empty(shape, dtype=sums, memory_format=layout)
             if part.first % parameters.shape[1] == 0 and part.start == 0:
                 grad_input[part.images] = grad_image
@@ -139,6 +149,21 @@ def warp_backward(
         grad_input.to(grad_output.dtype, memory_format=layout) if need_input and grad_input is not None else None,
         grad_parameters.view(parameters.shape).to(parameters.dtype) if grad_parameters is not None else None,
     )
+
+
+# --- a list of points is one long row, and parts are of rows -----------------------------------------
+
+_ROWS = 64
+
+
+def _is_long_row(kind: str, size: Sequence[int]) -> bool:
+    """Whether an explicit grid, in which no place has a meaning, is wrapped into many rows."""
+    return kind == "grid" and len(size) == 2 and size[0] == 1 and size[1] >= 2**10 and size[1] % _ROWS == 0
+
+
+def _wrapped(grid: Tensor) -> Tensor:
+    """(M, K, 1, W, 2) → (M, K, rows, W / rows, 2), a view."""
+    return grid.unflatten(3, (_ROWS, -1)).flatten(2, 3)
 
 
 # --- threads: ATen gives each image of a batch to one ------------------------------------------------

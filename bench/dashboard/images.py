@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +39,8 @@ def write_images(files: Sequence[Results], choice: Choice, folder: Path) -> list
         figure = draw(shown)
         direction = "forward + backward" if choice.direction == "both" else choice.direction
         figure.suptitle(f"{series.device_label(file)}, {choice.dtype}, {direction}", x=0.01, ha="left", fontsize=10)
-        figure.text(0.01, 0.005, f"{file.command}   commit {file.commit}", fontsize=7, color="#5a6775", va="bottom")
+        command = textwrap.fill(f"commit {file.commit}: {file.command}", 110)
+        figure.text(0.01, 0.005, command, fontsize=7, color="#5a6775", va="bottom")
         written.append(folder / f"{name}.png")
         _save(figure, written[-1])
     return written
