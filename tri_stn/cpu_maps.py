@@ -117,7 +117,7 @@ class Maps:
         if (each + copied * beside) * self.count <= max(limit, all_grids if busy == images else 0):
             return [Part(slice(None), 0, self.count, 0, height, self._together(self.count, rows))]
         each += beside
-        if forward is False and rows and self.count == 1:
+        if not forward and rows and self.count == 1:  # each part has an image of its own, which is added
             limit = max(limit, 2 * beside)
         step = _even(limit // each, k)
         if busy * k * each <= all_grids + copied * beside * self.count:
@@ -267,12 +267,13 @@ class Maps:
         return terms.flatten(1)
 
     def _bent(self, numbers: Tensor, part: Part) -> Tensor:
-        weights = numbers[:, 2 * self._knots :].unflatten(1, (-1, 2)).unflatten(0, (-1, part.together))
-        weights = weights.permute(0, 3, 1, 2).flatten(0, 2)  # (images, 2, together) of knots + 3
+        weights = numbers[:, 2 * self._knots :].unflatten(1, (-1, 2)).mT.flatten(0, 1)  # (maps * 2, knots + 3)
         planes = torch.empty(len(weights), (part.stop - part.start) * self.size[1], dtype=self.dtype)
         for where, terms in self._terms(part):
             torch.mm(weights, terms, out=planes[:, where])
-        return planes.view(-1, 2, part.together * (part.stop - part.start), self.size[1]).movedim(1, -1)
+        # Ordered after the product, which rounds a row by where it stands.
+        planes = planes.view(-1, part.together, 2, part.stop - part.start, self.size[1])
+        return planes.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
     def _bent_vjp(self, grad: Tensor, part: Part) -> Tensor:
         change = torch.zeros(len(grad), self.parameters.shape[1], dtype=self.dtype)  # of targets, none
