@@ -421,3 +421,61 @@ def test_rows_do_all_that_the_reference_does(rows, more, monkeypatch):
     for got, expected in zip(by_rows, results(), strict=True):
         assert got.stride() == expected.stride()
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["grid", "displacement", "pixel_displacement"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda f: f[:1].movedim(-1, 1).contiguous().movedim(1, -1).expand_as(f),
+        lambda f: torch.cat([f, f, f], -1).movedim(-1, 1).contiguous()[:, 1:3].movedim(1, -1),
+        lambda f: f.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda f: torch.cat([f, f], 2).movedim(-1, 1).contiguous().movedim(1, -1)[:, :, : f.shape[2]],
+        lambda f: f.movedim(-1, 1).contiguous().movedim(1, -1),
+    ],
+    ids=["one plane for all", "channels of more", "columns first", "part of more", "planes"],
+)
+@pytest.mark.parametrize("chunk_bytes", [2**23, 300])
+def test_fields_of_any_order_in_memory(served, kind, order, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", chunk_bytes)
+    case = Case(kind=kind, images=4, size=(7, 6))
+    image, field, grad = case.tensors()
+    field = order(field)
+    for got, expected in zip(
+        results(case, image, field, grad), results(case, image, field.contiguous(), grad), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert all(served)
+
+
+def test_parts_of_a_field_of_planes_are_rounded_as_the_whole(backend):
+    """Rows forward, the whole backward: both read the same pixels."""
+    generator = torch.Generator().manual_seed(0)
+    field = (torch.randn(1, 2, 61, 47, generator=generator) * 5).floor() + torch.rand(1, 2, 61, 47, generator=generator)
+    maps = cpu_maps.Maps.of(
+        field.movedim(1, -1)[:, None], (1, 1, 61, 47), (61, 47), torch.float32, "pixel_displacement", "nearest", False
+    )
+    whole = maps.grid(cpu_maps.Part(slice(None), 0, 1, 0, 61, 1))
+    rows = [maps.grid(cpu_maps.Part(slice(0, 1), 0, 1, start, start + 1, 1)) for start in range(61)]
+    assert torch.equal(torch.cat(rows, 1), whole)
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "options"),
+    [
+        (torch.full((1, 50, 50, 2), 0.5), (50, 50), {"unit": "pixel", "mode": "nearest"}),
+        (torch.full((1, 50, 50, 2), 2 / 50), (50, 50), {"unit": "normalized"}),
+        (torch.full((1, 25, 25, 2), 0.5), (50, 50), {"unit": "pixel"}),
+    ],
+    ids=["halves, nearest", "a pixel, normalized", "onto pixels of a larger image"],
+)
+def test_fields_that_end_on_pixels_are_the_references(served, field, size, options):
+    options = dict(options)
+    tri_stn.warp(torch.rand(1, 1, *size), tri_stn.Displacement(field, unit=options.pop("unit")), **options)
+    assert served == [False]
+
+
+def test_pixels_along_an_axis_of_one_have_no_unit(served):
+    field = torch.rand(1, 1, 40, 2) * 3
+    tri_stn.warp(torch.rand(1, 1, 1, 40), tri_stn.Displacement(field, unit="pixel"), align_corners=True)
+    assert served == [False]

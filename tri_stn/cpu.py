@@ -121,7 +121,8 @@ def warp_backward(
         source, grid, grad = input[part.images].to(dtype), maps.grid(part), grad_output[part.first : part.last]
         grad = grad[:, :, part.start : part.stop].to(dtype)
         # Each band, as each part, has an image of its own, which is added: not where images outweigh grids.
-        bands = _bands(grid, math.prod(grid.shape[1:-1])) if len(source) == 1 and (small or not need_input) else 1
+        alone = len(source) == 1 and (small or not need_input)
+        bands = _bands(grid, math.prod(grid.shape[1:-1]), 1 if need_input else 8) if alone else 1
         if part.together > 1:
             grad = grad.unflatten(0, (-1, part.together)).transpose(1, 2).flatten(2, 3)
         if bands > 1:
@@ -173,12 +174,14 @@ def _is_alone(images: Tensor) -> bool:
     return len(images) == 1 and torch.get_num_threads() > 1
 
 
-def _bands(grid: Tensor, count: int) -> int:
-    """Into how many bands of as many maps or samples the one grid of an image falls, so that all threads have one."""
+def _bands(grid: Tensor, count: int, most: int = 8) -> int:
+    """Into how many bands of as many maps or samples the one grid of an image falls, so that each thread has one, or
+    `most` of them.
+    """
     threads = torch.get_num_threads()
     if threads == 1 or len(grid) > 1 or grid.numel() < 2**13:
         return 1
-    return next((bands for bands in range(threads, 8 * threads + 1) if count % bands == 0), 1)
+    return next((bands for bands in range(threads, most * threads + 1) if count % bands == 0), 1)
 
 
 def _in_bands(grid: Tensor, bands: int) -> Tensor:

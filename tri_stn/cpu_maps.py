@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,8 @@ class Maps:
             return None
         if len(parameters) != shape[0] or 0 in (*shape, *size, parameters.shape[1]):
             return None
+        if kind == "pixel_displacement" and align_corners and 1 in shape[2:]:
+            return None  # such an axis has no unit to normalise by
         flat = parameters.flatten(0, 1) if parameters.shape[1] > 1 else parameters[:, 0]
         maps = Maps(
             flat if kind in _FIELDS else flat.to(dtype),
@@ -98,7 +101,7 @@ class Maps:
         """The whole where its grids, one or with its gradient two, are small; else parts for which they are, with what
         a map's output or image takes beside, which counts for the whole too if it is `copied`. In `rows`, or with all
         maps of an image together, as the gradient of an image wants them. Of several images each thread has one, as
-        long as that takes no more than all grids, and what is copied in any case.
+        long as that takes no more than all grids, and what torch copies as well.
         """
         beside = channels * math.prod(self.size if forward else self.input_size) * self.dtype.itemsize
         grids = 1 if forward else 2
@@ -120,7 +123,7 @@ class Maps:
         if not forward and rows and self.count == 1:  # each part has an image of its own, which is added
             limit = max(limit, 2 * beside)
         step = _even(limit // each, k)
-        if busy * k * each <= all_grids + copied * beside * self.count:
+        if busy * k * each <= all_grids + (0 if forward else copied * beside * self.count):
             step = max(step, busy * k)
         if step >= k:
             starts = range(0, self.count, step)
@@ -290,7 +293,7 @@ class Maps:
         if self.kind == "grid":
             return field
         planes, units = _planes(field), self._per_pixel()
-        if planes.is_contiguous():
+        if _planes(self.parameters).is_contiguous():  # of the whole, as the sum of a part must not be rounded otherwise
             along, across = self._of_part(part)
             across = across.view(1, self.dims, -1, *self.size[1:-1], 1)
             along = along.view(1, self.dims, *[1] * (self.dims - 1), -1)
@@ -300,7 +303,7 @@ class Maps:
                 moved = torch.addcmul(across, planes, units.view(-1, *[1] * self.dims))
             return moved.add_(along).movedim(1, -1)
         identity = self._outer_sum(part).movedim(1, -1).contiguous()
-        into = identity if len(field) == 1 else torch.empty_like(field)
+        into = identity if len(field) == 1 else torch.empty_like(field, memory_format=torch.contiguous_format)
         if self.kind == "displacement":
             return torch.add(identity, field, out=into)
         torch.addcmul(identity.flatten(-2), field.flatten(-2), units.repeat(self.size[-1]), out=into.flatten(-2))
@@ -315,7 +318,7 @@ class Maps:
 
     def _is_served(self, mode: str) -> bool:
         if self.kind in _FIELDS:
-            return self._is_near_field() and (self.kind == "grid" or not self._field_has_ties())
+            return self._is_near_field() and (self.kind == "grid" or not self._field_has_ties(mode))
         largest = torch.linalg.vector_norm(self.parameters, math.inf).item()
         if not largest < FAR:  # nor NaN
             return False
@@ -346,12 +349,21 @@ class Maps:
         low, high = torch.aminmax(ordered)
         return max(-low.item(), high.item()) < FAR  # False for NaN
 
-    def _field_has_ties(self) -> bool:
-        """Whether much of a field moves nothing, or moves by whole pixels: some of its numbers tell."""
-        some = self.parameters.flatten(1, -2)
-        some = some[:, :: some.shape[1] * len(some) // 1024 + 1]
-        still = some == (some.round() if self.kind == "pixel_displacement" else 0)
-        return int(still.count_nonzero()) * 32 > still.numel()
+    def _field_has_ties(self, mode: str) -> bool:
+        """Whether a field sends many output pixels to a place where convention picks the side: some of them tell."""
+        pixels = math.prod(self.size)
+        rest = torch.arange(0, pixels, pixels * self.count // 1024 + 1)
+        index = torch.unravel_index(rest, self.size)
+        where: tuple[Any, ...] = (slice(None), *index)
+        moved = self.parameters[where].double()  # (B, some, d)
+        tied = 0
+        for axis, (n, m) in enumerate(zip(reversed(self.input_size), reversed(self.size), strict=True)):
+            unit, target = (pixels_per_unit(s, self.align_corners) for s in (n, m))
+            x = (index[-1 - axis] - (m - 1) / 2) * (unit / target if target else 0.0) + (n - 1) / 2
+            x = x + moved[..., axis] * (1.0 if self.kind == "pixel_displacement" else unit)
+            x = x + (0.5 if mode == "nearest" else 0.0)
+            tied += int(((x - x.round()).abs() <= 2.0**-22 * n).count_nonzero())
+        return tied * 32 > moved.numel()
 
     def _has_ties(self, matrices: Tensor, mode: str) -> bool:
         """Whether a map (B, d, d+1) may send many output pixels to a place where convention picks the side.
