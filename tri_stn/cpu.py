@@ -54,15 +54,15 @@ def warp(
     kind: str, mode: str, padding_mode: str, align_corners: bool,
 ) -> Tensor | None:  # fmt: skip
     """Input (M, C, *input_size) read through parameters (M, K, …): a new (M * K, C, *size) in a layout; or None."""
-    options = mode, padding_mode, align_corners
     if _is_long_row(kind, size):
-        found = warp(input, _wrapped(parameters), (_ROWS, size[1] // _ROWS), layout, kind, *options)
+        rows = _ROWS, size[1] // _ROWS
+        found = warp(input, _wrapped(parameters), rows, layout, kind, mode, padding_mode, align_corners)
         return None if found is None else found.flatten(2).unsqueeze(2)
     maps = Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, align_corners)
     if maps is None:
         return None
     sample = torch.grid_sampler_2d if maps.dims == 2 else torch.grid_sampler_3d
-    aten_options = _MODES[mode], _PADDINGS[padding_mode], align_corners
+    options = _MODES[mode], _PADDINGS[padding_mode], align_corners
     copied = layout != torch.contiguous_format or input.dtype != maps.dtype or maps.per_image > 1 or _is_alone(input)
     parts = maps.parts(input.shape[1], True, copied)
     output = None
@@ -72,7 +72,7 @@ def warp(
         bands = _bands(grid, whole) if len(source) == 1 else 1
         if len(source) == 1:
             source = source.expand(len(grid) * bands, *source.shape[1:])
-        found = sample(source, _in_bands(grid, bands), *aten_options)
+        found = sample(source, _in_bands(grid, bands), *options)
         if len(parts) == 1 and bands == part.together == 1:
             return found.to(input.dtype, memory_format=layout)
         if output is None:

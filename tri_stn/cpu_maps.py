@@ -207,6 +207,7 @@ class Maps:
         return along, across
 
     def _of_part(self, part: Part) -> tuple[Tensor, Tensor]:
+        """The lines of a part's maps, and of these the rows of the part."""
         row, (along, across) = math.prod(self.size[1:-1]), self._lines
         if self.kind not in _FIELDS:
             along, across = along[part.first : part.last], across[part.first : part.last]
@@ -217,8 +218,7 @@ class Maps:
         rows, together * (stop - start), …).
         """
         together = 1 if self.kind in _FIELDS else part.together
-        lines = (line[:, rows].unflatten(0, (-1, together)).transpose(1, 2) for line in self._of_part(part))
-        along, across = lines
+        along, across = (line[:, rows].unflatten(0, (-1, together)).transpose(1, 2) for line in self._of_part(part))
         planes = torch.empty((*across.shape, along.shape[-1]), dtype=self.dtype)  # its order in memory is not theirs
         torch.add(across.unsqueeze(-1), along.unsqueeze(-2), out=planes)
         return planes.view(*planes.shape[:2], -1, *self.size[1:])
