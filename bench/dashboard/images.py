@@ -57,7 +57,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # A figure without pyplot: no window, and nothing that other figures share.
-    room = 0.25 / height  # for the command, below
+    room = 0.4 / height  # for the command, two lines below
     layout = ConstrainedLayoutEngine(rect=(0, room, 1, 1 - room))
     figure = Figure(figsize=(8, height), layout=layout, facecolor="white")
     axes = figure.add_subplot()
