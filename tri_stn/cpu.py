@@ -8,8 +8,13 @@ fills, masks, several samples per pixel, tangents, batches that are not equal, a
 - coordinates that are not finite or far away: ATen's CPU sampler makes NaN of them;
 - homographies that reach infinity within the output, or come near it;
 - splines whose maps have target points of their own;
-- many samples exactly on pixels (between them, for nearest), such as the identity's: which side they fall on is the
-  convention's to say, and a normalised coordinate has lost that to rounding.
+- many samples exactly on pixels for bilinear, between them for nearest, where shears, fields or straight splines put
+  them, or reflection folds them: which side they fall on is the convention's to say, and a normalised coordinate has
+  lost that to rounding. Where each axis of the input follows one axis of the output, as under the identity, flips,
+  crops and a field of zeros, `cpu_maps` puts bilinear right; bicubic is smooth there.
+
+What looks at pixels alone is read as nearest: so the identity is exact. In a batch with other maps, and for the
+gradient of an image beside that of the map, it is rounded as torch's.
 
 ATen gives each image of a batch to one thread. Where there is one, bands of its samples stand for images.
 
@@ -58,11 +63,11 @@ def warp(
         rows = _ROWS, size[1] // _ROWS
         found = warp(input, _wrapped(parameters), rows, layout, kind, mode, padding_mode, align_corners)
         return None if found is None else found.flatten(2).unsqueeze(2)
-    maps = Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, align_corners)
+    maps = Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, padding_mode, align_corners)
     if maps is None:
         return None
     sample = torch.grid_sampler_2d if maps.dims == 2 else torch.grid_sampler_3d
-    options = _MODES[mode], _PADDINGS[padding_mode], align_corners
+    options = _MODES["nearest" if maps.are_on_pixels else mode], _PADDINGS[padding_mode], align_corners
     copied = layout != torch.contiguous_format or input.dtype != maps.dtype or maps.per_image > 1 or _is_alone(input)
     parts = maps.parts(input.shape[1], True, copied)
     output = None
@@ -105,10 +110,11 @@ def warp_backward(
         input = grad_output.new_zeros(1).expand(shape)  # ATen reads it for the grid's gradient, which nobody takes
     if input is None or input.shape != shape or len(grad_output) != len(parameters) * parameters.shape[1]:
         return None
-    maps = Maps.of(parameters, shape, grad_output.shape[2:], dtype, kind, mode, align_corners)
+    maps = Maps.of(parameters, shape, grad_output.shape[2:], dtype, kind, mode, padding_mode, align_corners)
     if maps is None:
         return None
     back = torch.ops.aten.grid_sampler_2d_backward if maps.dims == 2 else torch.ops.aten.grid_sampler_3d_backward
+    mode = "nearest" if maps.are_on_pixels and not need_parameters else mode
     options = _MODES[mode], _PADDINGS[padding_mode], align_corners, [need_input, need_parameters]
 
     grad_input: Tensor | None = None

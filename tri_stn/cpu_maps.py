@@ -7,6 +7,9 @@ along x and rows along the other axes, a matrix takes one addition for each numb
 
 and a spline one product of matrices with terms that all maps share. Fields stay in their own order of memory.
 
+A row of a matrix that moves along one axis of the output is straight: it has a number for each of its columns or rows,
+which may lie on pixels all along. Then these are made from a table of pixels, on the side that convention picks.
+
 Shape notes: B maps, R rows and W columns of an output, d dimensions.
 """
 
@@ -62,13 +65,14 @@ class Maps:
     """Of a chain of one link, the link's name."""
     input_size: tuple[int, ...]
     size: tuple[int, ...]
+    padding_mode: str
     align_corners: bool
     dtype: torch.dtype
 
     @staticmethod
     def of(
         parameters: Tensor, shape: Sequence[int], size: Sequence[int], dtype: torch.dtype,
-        kind: str, mode: str, align_corners: bool,
+        kind: str, mode: str, padding_mode: str, align_corners: bool,
     ) -> Maps | None:  # fmt: skip
         """The maps, where they are served for images (M, C, *input_size) of a shape."""
         dims = len(size)
@@ -85,7 +89,7 @@ class Maps:
         flat = parameters.flatten(0, 1) if parameters.shape[1] > 1 else parameters[:, 0]
         maps = Maps(
             flat if kind in _FIELDS else flat.to(dtype),
-            parameters.shape[1], kind, tuple(shape[2:]), tuple(size), align_corners, dtype,
+            parameters.shape[1], kind, tuple(shape[2:]), tuple(size), padding_mode, align_corners, dtype,
         )  # fmt: skip
         return maps if maps._is_served(mode) else None
 
@@ -96,6 +100,16 @@ class Maps:
     @property
     def count(self) -> int:
         return len(self.parameters)
+
+    @functools.cached_property
+    def are_on_pixels(self) -> bool:
+        """Whether all samples are seen to lie on pixels, so that neighbours weigh nothing."""
+        if self.kind in _FIELDS:
+            return self.kind != "grid" and self.size == self.input_size and self._squares == 0
+        if self.kind == _SPLINE or self._tied is None:
+            return False
+        rows, _, x = self._tied
+        return len(rows) == self.count * self.dims and torch.equal(x, x.floor())
 
     def parts(self, channels: int, forward: bool, copied: bool, rows: bool = True) -> list[Part]:
         """The whole where its grids, one or with its gradient two, are small; else parts for which they are, with what
@@ -201,10 +215,66 @@ class Maps:
         """Each matrix times (x, 0, 0, 1) of each column, (B, rows, W), and times (0, y, z, 0) of each row, (B, rows,
         R); for fields, the identity's. Of all maps, so that every part looks at the same places to the bit.
         """
+        if self.kind in _FIELDS:
+            return _identity_lines(self.input_size, self.size, self.padding_mode, self.align_corners, self.dtype)
         width, basis = self.size[-1], _basis(self.size, self.align_corners, self.dtype)
-        theta = _identity(self.dims, self.dtype) if self.kind in _FIELDS else self.parameters
-        along, across = torch.bmm(theta, basis.expand(len(theta), -1, -1)).split([width, basis.shape[1] - width], 2)
+        lines = torch.bmm(self.parameters, basis.expand(self.count, -1, -1))
+        if self._tied is not None:
+            rows, moving, x = self._tied
+            g, mine = self._normalized(x, rows % self.dims), _moves(self.size, self.dtype)[1].index_select(0, moving)
+            g = torch.cat([g[:, :width], g[:, : lines.shape[2] - width]], 1) * mine
+            lines[rows // self.dims, rows % self.dims] = g
+        along, across = lines.split([width, basis.shape[1] - width], 2)
         return along, across
+
+    @functools.cached_property
+    def _straight(self) -> Tensor | None:
+        """Which rows of matrices move along one axis of the output at most, (B, d): they may meet pixels all along."""
+        slopes = self.parameters[:, : self.dims, :-1]
+        if bool(slopes.all()):  # none is zero: so it is for maps that turn
+            return None
+        straight = (slopes != 0).sum(-1) <= 1
+        if self.kind == "projective":
+            straight &= (self.parameters[:, -1] == torch.eye(self.dims + 1, device="cpu")[-1]).all(-1, keepdim=True)
+        if self.padding_mode == "reflection":  # beyond the edges, what is left of a pixel lies right of it in the image
+            *steps, middle = self._coefficients.abs().unbind(-1)
+            reach = sum((step * ((n - 1) / 2) for step, n in zip(steps, reversed(self.size), strict=True)), middle)
+            straight &= reach < (torch.tensor(self.input_size[::-1], device="cpu") + 1) / 2
+        return straight
+
+    @functools.cached_property
+    def _tied(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The straight rows that meet pixels, counted through all maps, the axis of the output along which each moves,
+        and where it looks on the way, in pixels and rounded as the reference: (some, the larger of W and R).
+        """
+        if self._straight is None:
+            return None
+        rows = self._straight.view(-1).nonzero().squeeze(1)
+        slopes, middle = self._coefficients.view(-1, self.dims + 1).index_select(0, rows).split([self.dims, 1], 1)
+        moving = slopes.abs().argmax(1)
+        x = torch.addcmul(middle, slopes.sum(1, keepdim=True), _moves(self.size, self.dtype)[0].index_select(0, moving))
+        x += self._axes[0].index_select(0, rows % self.dims)
+        some = ((x - x.round()).abs_().amin(1) <= 2.0**-22 * max(self.input_size)).nonzero().squeeze(1)
+        return (rows[some], moving[some], x[some]) if len(some) else None
+
+    def _normalized(self, x: Tensor, axes: Tensor) -> Tensor:
+        """Places in pixels along axes of the input, where ATen finds none left of the pixel that it is right of."""
+        _, last, unit, table = (of_axis.index_select(0, axes) for of_axis in self._axes)
+        pixel = torch.minimum(x.floor().clamp_(min=-1), last)
+        return torch.addcdiv(table.gather(1, (pixel + 1).long()), x - pixel, unit)
+
+    @property
+    def _axes(self) -> tuple[Tensor, ...]:
+        return _axes(self.input_size, self.align_corners, self.padding_mode == "zeros", self.dtype)
+
+    @functools.cached_property
+    def _coefficients(self) -> Tensor:
+        """Matrices in pixels, from the middle of the output and of the input: (B, d, d+1)."""
+        return self.parameters[:, : self.dims] * self._scale
+
+    @property
+    def _scale(self) -> Tensor:
+        return _scale(self.input_size, self.size, self.align_corners, self.dtype)
 
     def _of_part(self, part: Part) -> tuple[Tensor, Tensor]:
         """The lines of a part's maps, and of these the rows of the part."""
@@ -318,7 +388,8 @@ class Maps:
 
     def _is_served(self, mode: str) -> bool:
         if self.kind in _FIELDS:
-            return self._is_near_field() and (self.kind == "grid" or not self._field_has_ties(mode))
+            served = self.kind == "grid" or mode == "bicubic" or self.are_on_pixels
+            return self._is_near_field() and (served or not self._field_has_ties(mode))
         largest = torch.linalg.vector_norm(self.parameters, math.inf).item()
         if not largest < FAR:  # nor NaN
             return False
@@ -336,64 +407,73 @@ class Maps:
             if not float(nearest.amin()) > 1e-3 * largest:
                 return False
             matrices = matrices[:, :-1] / middle[:, None, None]
-        return not (len(matrices) and self._has_ties(matrices, mode))
+        straight = self._straight if mode == "bilinear" and self.kind != _SPLINE else None
+        if straight is not None and bool(straight.all()):
+            return True
+        return mode == "bicubic" or not (len(matrices) and self._has_ties(matrices, straight, mode))
+
+    @functools.cached_property
+    def _squares(self) -> float:
+        """The sum of a field's squares, the fastest pass there is; NaN where there is none that fast."""
+        if not self._ordered.is_contiguous() or self._ordered.dtype != self.dtype:
+            return math.nan
+        flat = self._ordered.view(-1)
+        return torch.dot(flat, flat).item()
+
+    @property
+    def _ordered(self) -> Tensor:
+        """A field in its order of memory, if that is one of the common two."""
+        planes = _planes(self.parameters)
+        return planes if planes.is_contiguous() else self.parameters
 
     def _is_near_field(self) -> bool:
-        """Whether a field's numbers are finite and near; the sum of squares shows it in the fastest pass there is."""
-        planes = _planes(self.parameters)
-        ordered = planes if planes.is_contiguous() else self.parameters
-        if ordered.is_contiguous() and ordered.dtype == self.dtype:
-            flat = ordered.view(-1)
-            if torch.dot(flat, flat).item() < FAR**2 / 2:  # False for NaN
-                return True
-        low, high = torch.aminmax(ordered)
+        """Whether a field's numbers are finite and near."""
+        if self._squares < FAR**2 / 2:  # False for NaN
+            return True
+        low, high = torch.aminmax(self._ordered)
         return max(-low.item(), high.item()) < FAR  # False for NaN
 
     def _field_has_ties(self, mode: str) -> bool:
-        """Whether a field sends many output pixels to a place where convention picks the side: some of them tell."""
-        pixels = math.prod(self.size)
-        rest = torch.arange(0, pixels, pixels * self.count // 1024 + 1)
-        index = torch.unravel_index(rest, self.size)
+        """Whether a field sends many output pixels to a place where convention picks the side, other than by leaving
+        them where they are: some of them tell.
+        """
+        index, places = _some(self.size, self.count)
         where: tuple[Any, ...] = (slice(None), *index)
         moved = self.parameters[where].double()  # (B, some, d)
-        tied = 0
-        for axis, (n, m) in enumerate(zip(reversed(self.input_size), reversed(self.size), strict=True)):
-            unit, target = (pixels_per_unit(s, self.align_corners) for s in (n, m))
-            x = (index[-1 - axis] - (m - 1) / 2) * (unit / target if target else 0.0) + (n - 1) / 2
-            x = x + moved[..., axis] * (1.0 if self.kind == "pixel_displacement" else unit)
-            x = x + (0.5 if mode == "nearest" else 0.0)
-            tied += int(((x - x.round()).abs() <= 2.0**-22 * n).count_nonzero())
-        return tied * 32 > moved.numel()
+        if self.kind == "displacement":
+            moved *= self._scale[:, -1]
+        tied = self._are_ties((self._scale.diagonal()[:, None] * places[:-1]).mT + moved, mode)
+        if mode == "bilinear":
+            tied &= moved.abs() > 2.0**-22 * max(self.input_size)
+        return int(tied.count_nonzero()) * 32 > moved.numel()
 
-    def _has_ties(self, matrices: Tensor, mode: str) -> bool:
-        """Whether a map (B, d, d+1) may send many output pixels to a place where convention picks the side.
+    def _has_ties(self, matrices: Tensor, straight: Tensor | None, mode: str) -> bool:
+        """Whether a map (B, d, d+1) may do so, other than along rows that are straight.
 
         Along an axis of the input that takes steps of halves of a pixel, or of nothing, along all axes of the output
-        but one. Then one row of pixels along that one tells: all others look half pixels away from it.
+        but one. That one may meet a pixel by chance.
         """
-        steps = matrices[:, :, :-1] * _steps(self.input_size, self.size, self.align_corners, self.dtype)
-        away = (2 * steps - (2 * steps).round()).abs()
+        matrices = matrices * self._scale
+        steps = 2 * matrices[:, :, :-1]
+        away = (steps - steps.round()).abs()
         if torch.linalg.vector_norm(away, -math.inf).item() > 2.0**-20:  # the least: so it is for nearly all maps
             return False
-        halves = away <= 2.0**-20
-        enough = halves.sum(-1) >= self.dims - 1
-        for axis, n in enumerate(reversed(self.input_size)):
-            unit = pixels_per_unit(n, self.align_corners)
-            middle = matrices[:, axis, -1] * unit + (n - 1) / 2 + (0.5 if mode == "nearest" else 0.0)
-            for other, m in enumerate(reversed(self.size)):
-                fixed = [i for i in range(self.dims) if i != other]
-                suspect = enough[:, axis] & halves[:, axis, fixed].all(-1)
-                if not bool(suspect.any()):
-                    continue
-                first = middle - sum(steps[:, axis, i] * ((self.size[-1 - i] - 1) / 2) for i in fixed)
-                u = torch.arange(m, dtype=self.dtype) - (m - 1) / 2
-                x = torch.addcmul(first[:, None], steps[:, axis, other, None], u)
-                odd = ((2 * steps[:, axis, fixed]).round() % 2 == 1).any(-1)
-                x = torch.where(odd[:, None], 2 * x, x)
-                tied = ((x - x.round()).abs() <= 2.0**-22 * n).sum(-1)
-                if bool((suspect & (tied > 1 + m // 32)).any()):
-                    return True
-        return False
+        suspect = (away <= 2.0**-20).sum(-1) >= self.dims - 1
+        if straight is not None:
+            suspect &= ~straight
+        maps = suspect.any(-1)
+        if not bool(maps.any()):
+            return False
+        _, places = _some(self.size, 1)
+        tied = self._are_ties((matrices[maps].double() @ places).mT, mode).double().mean(1)  # (some maps, d)
+        chance = 1 / torch.tensor(self.size[::-1], device="cpu")[away[maps].argmax(-1)]
+        return bool((suspect[maps] & (tied > chance + 1 / 64)).any())
+
+    def _are_ties(self, x: Tensor, mode: str) -> Tensor:
+        """Which places, in pixels from the middle of the input, (…, d), are where convention picks the side."""
+        n = torch.tensor(self.input_size[::-1], device="cpu")
+        x = x + ((n - 1) / 2 + (0.5 if mode == "nearest" else 0.0))
+        return (x - x.round()).abs() <= 2.0**-22 * n
 
 
 def _even(count: int, unit: int) -> int:
@@ -410,13 +490,71 @@ def _planes(field: Tensor) -> Tensor:
 
 
 @functools.lru_cache(16)
-def _identity(dims: int, dtype: torch.dtype) -> Tensor:
-    return torch.eye(dims, dims + 1, dtype=dtype, device="cpu").unsqueeze(0)
+def _identity_lines(
+    input_size: tuple[int, ...], size: tuple[int, ...], padding_mode: str, align_corners: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    identity = torch.eye(len(size), len(size) + 1, dtype=dtype, device="cpu").unsqueeze(0)
+    return Maps(identity, 1, "affine", input_size, size, padding_mode, align_corners, dtype)._lines
 
 
 @functools.lru_cache(16)
-def _basis(size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Tensor:
-    """(x, 0, 0, 1) for each column and (0, y, z, 0) for each row of an output, normalised: (d+1, W + R)."""
+def _axes(input_size: tuple[int, ...], align_corners: bool, zeros: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """For each axis of an input, x first: its middle, its size n and how many pixels a unit spans, (d, 1), and the
+    normalised places of pixels from -1 to n, (d, largest n + 2).
+
+    A place that was rounded to the wrong side of its pixel takes a step back. The left side is wrong, but the right one
+    of pixel 0 where padding continues the image, as there is no slope there.
+
+    ATen finds (g + 1) * n / 2 - 1/2, or (g + 1) * (n - 1) / 2, in some order, fused or not. Rounding keeps order, and a
+    pixel's own place is a number at each step. So what is no less than it before rounding is no less afterwards; and
+    g + 1 is not rounded, as g has steps no finer than its.
+    """
+    n = torch.tensor(input_size[::-1], dtype=torch.float64, device="cpu").unsqueeze(1)
+    x = torch.arange(-1, max(input_size) + 1, dtype=torch.float64, device="cpu")
+    edge = 0.0 if align_corners else 0.5
+    unit = ((n - 1) / 2 + edge).clamp(min=0.5)
+    t = ((x + edge) / unit - 1).to(dtype) + 1
+    high = t.float().double()  # two products, each exact in fp64
+    beyond = (high * unit - (x + edge)) + (t - high) * unit
+    coarse = torch.maximum(t, 1 - t)  # of g + 1 and g, the one of longer steps
+    step = torch.nextafter(coarse, torch.full_like(coarse, math.inf)) - coarse
+    right = (x > 0) | zeros
+    t = torch.where(right & (beyond < 0), t + step, torch.where(~right & (beyond > 0), t - step, t))
+    return ((n - 1) / 2).to(dtype), n.to(dtype), unit.to(dtype), t - 1
+
+
+@functools.lru_cache(16)
+def _moves(size: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each axis of an output, x first: indices along it from the middle, of each column, or for the other axes of
+    each row, repeated to as many, (d, W or R); and a mask of columns, or of rows, (d, W + R).
+    """
+    columns, rows = _basis(size, None, dtype)[:-1].split([size[-1], math.prod(size[:-1])], 1)
+    most = torch.arange(max(columns.shape[1], rows.shape[1]), device="cpu")
+    columns_along, rows_along = (line[:, most.clamp(max=line.shape[1] - 1)] for line in (columns, rows))
+    first = torch.arange(len(size), device="cpu").unsqueeze(1) == 0
+    mask = (torch.arange(columns.shape[1] + rows.shape[1], device="cpu") < columns.shape[1]) == first
+    return torch.where(first, columns_along, rows_along), mask.to(dtype)
+
+
+@functools.lru_cache(16)
+def _some(size: tuple[int, ...], count: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Some pixels of an output, for each of so many: their indices, and where they are from its middle, x first, with
+    ones, (d+1, some).
+    """
+    pixels = math.prod(size)
+    some = torch.arange(min(pixels, 1024 // count + 1), device="cpu")
+    if len(some) < pixels:  # the golden ratio has no rhythm in common with rows
+        some = (some.double() * 0.6180339887498949 % 1 * pixels).long()
+    index = torch.unravel_index(some, size)
+    places = [along - (n - 1) / 2 for along, n in zip(reversed(index), reversed(size), strict=True)]
+    return index, torch.stack([*places, torch.ones_like(places[0])]).double()
+
+
+@functools.lru_cache(16)
+def _basis(size: tuple[int, ...], align_corners: bool | None, dtype: torch.dtype) -> Tensor:
+    """(x, 0, 0, 1) for each column and (0, y, z, 0) for each row of an output, normalised, or for None in pixels:
+    (d+1, W + R).
+    """
     columns, *others = (_ramp(n, align_corners, dtype) for n in reversed(size))
     basis = torch.zeros(len(size) + 1, len(columns) + math.prod(size[:-1]), dtype=dtype, device="cpu")
     basis[0, : len(columns)], basis[-1, : len(columns)] = columns, 1
@@ -442,15 +580,15 @@ def _sums(size: tuple[int, ...], rows: int, align_corners: bool, dtype: torch.dt
     return across, columns.reshape(-1, rows * 2), chosen.flatten()
 
 
-def _ramp(size: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
-    """Normalised positions of output pixels along an axis."""
-    unit = pixels_per_unit(size, align_corners)
+def _ramp(size: int, align_corners: bool | None, dtype: torch.dtype) -> Tensor:
+    """Positions of output pixels along an axis, from its middle: normalised, or for None in pixels."""
+    unit = 1.0 if align_corners is None else pixels_per_unit(size, align_corners)
     return (torch.arange(size, dtype=dtype, device="cpu") - (size - 1) / 2) * (1 / unit if unit else 0.0)
 
 
 @functools.lru_cache(64)
-def _steps(input_size: tuple[int, ...], size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Tensor:
-    """Pixels of the input for a pixel of the output, (d, d) x first, where the matrix says 1."""
+def _scale(input_size: tuple[int, ...], size: tuple[int, ...], align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """What a matrix is multiplied by to take output pixels to input pixels, both from the middle: (d, d+1)."""
     source = [pixels_per_unit(n, align_corners) for n in reversed(input_size)]
     target = [pixels_per_unit(n, align_corners) for n in reversed(size)]
-    return torch.tensor([[s / t if t else 0.0 for t in target] for s in source], dtype=dtype, device="cpu")
+    return torch.tensor([[s / t if t else 0.0 for t in target] + [s] for s in source], dtype=dtype, device="cpu")
