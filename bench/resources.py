@@ -310,6 +310,8 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from tri_stn import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
+
     found: list = []
     run, active, hip = JITFunction.run, driver._active, torch.version.hip
 
@@ -318,6 +320,7 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
             found.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_only  # type: ignore[method-assign]
+    kernels.launch.forget()  # what launchers remember is of one vendor
     driver.set_active(_Driver(arch))
     torch.version.hip = "as on ROCm" if ARCHITECTURES[arch][0] == "hip" else None  # launchers ask it for the vendor
     try:
@@ -325,6 +328,7 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
             warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
             yield found
     finally:
+        kernels.launch.forget()
         JITFunction.run = run  # type: ignore[method-assign]
         driver._active = active
         torch.version.hip = hip

@@ -15,6 +15,7 @@ output pixel each.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -44,31 +45,114 @@ def adjoint(
         if tangent or not need_input:
             return
         grad_parameters = grad_auxiliary = None
+    parameters, parameters_tangent = launch.packed(stages.transform(kind).dense, parameters, parameters_tangent)
+    need_parameters = grad_parameters is not None or grad_auxiliary is not None
+    fill, input_tangent = (launch.packed_fill(fill), input_tangent) if need_parameters else (None, None)
+    tensors = (
+        grad_input, grad_parameters, grad_auxiliary, grad_output, input, parameters, auxiliary, fill,
+        input_tangent, parameters_tangent,
+    )  # fmt: skip
+    plan = _plan(*map(launch.layout, tensors), kind, mode, padding_mode, align_corners, supersample, deterministic)
+
+    compute, device = plan.compute, grad_output.device
+    partials = field_gradient = None
+    if plan.partials is not None:
+        partials = (torch.zeros if plan.chained else torch.empty)(plan.partials, dtype=compute, device=device)
+    if grad_auxiliary is not None:
+        field_gradient = _zeros(grad_auxiliary, compute)
+    source = grad_input if input is None else input
+    read = (
+        grad_output, source, source if input_tangent is None else input_tangent,
+        parameters, parameters if parameters_tangent is None else parameters_tangent,
+    )  # fmt: skip
+
+    # Atomics in 16 bits would lose sums and loop on the hardware: those images get an fp32 twin.
+    scattered, scale = None, None
+    if plan.scatter is not None:
+        if need_input:
+            scattered = _zeros(grad_input, torch.int64 if deterministic else compute)
+        if deterministic and need_input:
+            if plan.measure is not None:  # slopes and tangents have no bound: they are looked at first
+                largest = torch.zeros(plan.batch, dtype=compute, device=device)
+                plan.measure(scattered, largest, None, *read, auxiliary, None, fill)
+            else:
+                largest = fixed_point.largest(grad_output, plan.batch, parameters.shape[1], compute)
+            scale = fixed_point.scale(largest, plan.terms)
+        gradients = grad_parameters if partials is None else partials
+        plan.scatter(scattered, scale, gradients, *read, auxiliary, field_gradient, fill)
+        if scale is not None:
+            scattered = fixed_point.restore(scattered, scale, grad_input, None if plan.walk is None else compute)
+    if plan.walk is not None:
+        shares = None if partials is None else partials[:, :, plan.scatter_slots :]
+        plan.walk(grad_input, scattered, shares, *read, fill)
+    elif scattered is not None and scattered is not grad_input:
+        grad_input.copy_(scattered)
+    if field_gradient is not grad_auxiliary:
+        grad_auxiliary.copy_(field_gradient)
+    if partials is not None and grad_parameters is not None:
+        if grad_parameters.dtype == compute and grad_parameters.is_contiguous():
+            torch.sum(partials, 2, out=grad_parameters.view(*partials.shape[:2], -1))
+        else:
+            grad_parameters.copy_(partials.sum(2).view_as(grad_parameters))
+
+
+def _zeros(like, dtype):
+    """Where sums of a dtype are made: in the tensor itself, or in a twin of the same order of memory."""
+    return like.zero_() if like.dtype == dtype else torch.zeros_like(like, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from the tensors' layouts and the options."""
+
+    compute: torch.dtype
+    batch: int
+    """Images, all of which have a gradient."""
+    partials: tuple[int, ...] | None
+    """The shape of the partial sums: images, maps, the scatter's slots and then the walk's, numbers."""
+    scatter_slots: int
+    chained: bool
+    """Whether programs add to their slots, by atomics."""
+    scatter: launch.Launch | None
+    measure: launch.Launch | None
+    """The scatter once more, to look for the largest of what it will add in fixed point."""
+    terms: int
+    """How many of those may meet in one pixel."""
+    walk: launch.Launch | None
+
+
+@launch.remembered
+def _plan(
+    grad_input, grad_parameters, grad_auxiliary, grad_output, input, parameters, auxiliary, fill,
+    input_tangent, parameters_tangent,
+    kind, mode, padding_mode, align_corners, supersample, deterministic,
+):  # fmt: skip
+    need_input, tangent = grad_input is not None, parameters_tangent is not None
     need_parameters = grad_parameters is not None or grad_auxiliary is not None
     flags = {
         "NEED_PARAMETERS": need_parameters,
         "TANGENT": tangent,
-        "INPUT_TANGENT": need_parameters and input_tangent is not None,
+        "INPUT_TANGENT": input_tangent is not None,
         "ALIGN_CORNERS": align_corners,
         "SUPERSAMPLE": supersample,
     }
-    image = grad_input if need_input else input
-    source = image if input is None else input
-    images = source, source if input_tangent is None else input_tangent
-    dense, folds = stages.transform(kind).dense, stages.PADDINGS[padding_mode].folds
-    walks = need_input and stages.transform(kind).rows is not None
+    image = grad_input or input
+    images = input or image, input_tangent or input or image
+    motions = parameters, parameters_tangent or parameters
+    transform = stages.transform(kind)
+    dense, folds = transform.dense, stages.PADDINGS[padding_mode].folds
+    walks = need_input and transform.rows is not None
     scatters = folds or not walks
-    motions = launch.packed(dense, parameters, parameters_tangent)
     batch, maps = grad_output.shape[0] // parameters.shape[1], parameters.shape[1]
     if need_input or grad_parameters is not None:
-        batch = (grad_input if need_input else grad_parameters).shape[0]
+        batch = (grad_input or grad_parameters).shape[0]
 
-    dims, channels = image.dim() - 2, image.shape[1]
-    size, input_size = grad_output.shape[2:], image.shape[2:]
-    layout = channels, launch.is_channels_last(image), image.dtype, stages.INTERPOLATIONS[mode].taps
-    scatter_tile = tiling.scatter_tile(size, *layout, whole=dense and need_parameters, fixed=deterministic)
+    size, input_size, channels = grad_output.shape[2:], image.shape[2:], image.shape[1]
+    taps, dims = stages.INTERPOLATIONS[mode].taps, len(input_size)
+    kept = channels, launch.is_channels_last(image), image.dtype, taps
+    scatter_tile = tiling.scatter_tile(size, *kept, whole=dense and need_parameters, fixed=deterministic)
     tiles, channel_programs = scatter_tile.grid(1, channels, size)
-    walk_tile = tiling.walk_tile(input_size, *layout, folds, tangent)
+    walk_tile = tiling.walk_tile(input_size, *kept, folds, tangent)
     walk_grid = walk_tile.grid(batch, channels, input_size)
 
     compute = launch.compute_dtype(image.dtype)
@@ -84,17 +168,7 @@ def adjoint(
     partials = None
     if need_parameters and not dense:
         shape = (batch, maps, scatter_slots + walk_slots, launch.count(parameters))
-        partials = (torch.zeros if chained else torch.empty)(shape, dtype=compute, device=image.device)
-    field_gradient = None if grad_auxiliary is None else torch.zeros_like(grad_auxiliary, dtype=compute)
-    chain = stages.chain(kind, auxiliary, field_gradient, dims)
-
-    # Atomics in 16 bits would lose sums and loop on the hardware: those images get an fp32 twin.
-    scattered, scale = None, None
-    if need_input and scatters:
-        if deterministic:
-            scattered = torch.zeros_like(grad_input, dtype=torch.int64)
-        else:
-            scattered = grad_input.zero_() if image.dtype == compute else torch.zeros_like(grad_input, dtype=compute)
+        partials = launch.contiguous(shape, compute)
 
     sizes = (
         launch.size(grad_output),
@@ -108,52 +182,43 @@ def adjoint(
     reached = image, *images, grad_output, *launch.present(partials)
     constants = launch.constants(*reached, parameters=launch.present(*motions, auxiliary))
     far = launch.is_far(constants)
-    fill = launch.packed_fill(fill) if need_parameters else None
-    if scatters:
-        gradients, gradients_strides, slot = partials, *_slot_strides(partials)
+    slot_strides = ((0, 0), 0) if partials is None else (partials.strides[:2], partials.strides[2])
+
+    def scatter(**changes):
+        gradients_strides, slot = slot_strides
         if dense and need_parameters:
-            gradients, gradients_strides, slot = grad_parameters, launch.parameter_strides(grad_parameters), 0
-
-        def scatter(scale, **flags):
-            scatter_kernel[scatter_grid](
-                scattered, scale, gradients, grad_output, *images, *motions, *chain,
+            gradients_strides, slot = launch.parameter_strides(grad_parameters), 0
+        return launch.Launch(
+            scatter_kernel,
+            scatter_grid,
+            (
+                *stages.chain(kind, auxiliary, grad_auxiliary, dims),
                 *sizes, launch.strides(image), gradients_strides, slot, max(1, scatter_slots), *strides,
-                fill,
-                **stages.scatter(kind, mode, padding_mode), **constants, **flags,
-                FOLDED_ONLY=walks, NEED_INPUT=need_input, LOOP=programs < tiles, **scatter_tile.constants(far),
-            )  # fmt: skip
-
-        if deterministic and need_input:
-            if tangent:  # slopes and tangents have no bound: they are looked at first
-                largest = torch.zeros(batch, dtype=compute, device=image.device)
-                scatter(
-                    largest, **flags | {"NEED_PARAMETERS": False, "INPUT_TANGENT": False}, FIXED=False, MEASURE=True
-                )
-            else:
-                largest = fixed_point.largest(grad_output, batch, maps, compute)
-            terms = maps * math.prod(size) * stages.INTERPOLATIONS[mode].taps ** dims
-            if tangent:  # the largest is one sample's
-                terms *= (supersample or 16) ** dims
-            scale = fixed_point.scale(largest, terms)
-        scatter(scale, **flags, FIXED=scale is not None, MEASURE=False)
-        if scale is not None:
-            scattered = fixed_point.restore(scattered, scale, grad_input, compute if walks else None)
-    if walks:
-        shares = None if partials is None else partials[:, :, scatter_slots:]
-        walk_kernel[walk_grid](
-            grad_input, scattered, shares, grad_output, *images, *motions,
-            *sizes, launch.strides(image), *_slot_strides(partials), *strides,
-            fill,
-            **stages.walk(kind, mode, padding_mode), **constants, **flags, **walk_tile.constants(far),
+            ),
+            stages.scatter(kind, mode, padding_mode)
+            | constants
+            | flags
+            | {"FOLDED_ONLY": walks, "NEED_INPUT": need_input, "LOOP": programs < tiles}
+            | scatter_tile.constants(far)
+            | changes,
         )  # fmt: skip
-    elif scattered is not None and scattered is not grad_input:
-        grad_input.copy_(scattered)
-    if field_gradient is not None:
-        grad_auxiliary.copy_(field_gradient)
-    if partials is not None and grad_parameters is not None:
-        grad_parameters.copy_(partials.sum(2).view_as(grad_parameters))
 
-
-def _slot_strides(partials):
-    """Strides of n and k, and the slots'."""
-    return ((0, 0), 0) if partials is None else (partials.stride()[:2], partials.stride(2))
+    fixed = deterministic and need_input and scatters
+    measure = None
+    if fixed and tangent:
+        measure = scatter(NEED_PARAMETERS=False, INPUT_TANGENT=False, FIXED=False, MEASURE=True)
+    terms = maps * math.prod(size) * taps**dims
+    if tangent:  # the largest is one sample's
+        terms *= (supersample or 16) ** dims
+    walk = None
+    if walks:
+        walk = launch.Launch(
+            walk_kernel,
+            walk_grid,
+            (*sizes, launch.strides(image), *slot_strides, *strides),
+            stages.walk(kind, mode, padding_mode) | constants | flags | walk_tile.constants(far),
+        )
+    return _Plan(
+        compute, batch, None if partials is None else partials.shape, scatter_slots, chained,
+        scatter(FIXED=fixed, MEASURE=False) if scatters else None, measure, terms, walk,
+    )  # fmt: skip

@@ -35,16 +35,16 @@ from .coordinates import (
     tile_index,
 )
 from .interpolation import corner, coverage, loops, product, product_jvp, taps_along
-from .sampling import look, power, sample_place, samples_per_axis, uncentred
+from .sampling import look, power, sample_place, samples_per_axis, uncentred, with_fields
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def gather_kernel(
-    output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, links, chain,
-    output_size, input_size, channels, maps,
+    output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, field_ptr, fill_ptr, coverage_ptr,
+    links, chain, output_size, input_size, channels, maps,
     input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     output_strides, input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
-    fill_ptr, coverage_ptr, coverage_strides,
+    coverage_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, SHRINK: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
@@ -59,6 +59,7 @@ def gather_kernel(
     VARIES: tl.constexpr = SUPERSAMPLE == 0 and SHRINK is None  # from pixel to pixel
     COVERS: tl.constexpr = fill_ptr is not None or coverage_ptr is not None
     SINGLE: tl.constexpr = SUPERSAMPLE == 1 and not PROJECTS  # one sample makes a pixel
+    chain = with_fields(chain, field_ptr, None)
     tiles = tile_count(output_size, BLOCK)
     m = (tl.program_id(0) // tiles).to(tl.int64)
     n = m // maps
@@ -233,22 +234,40 @@ def gather(
     With `project`, "sum", "mean" or "argmax", the output lacks the first of its size, `depth`; "argmax" fills it with
     int32.
     """
-    flags = {"TANGENT": parameters_tangent is not None, "INPUT_TANGENT": input_tangent is not None}
-    dense, taps = stages.transform(kind).dense, stages.INTERPOLATIONS[mode].taps
+    dense = stages.transform(kind).dense
     parameters, parameters_tangent = launch.packed(dense, parameters, parameters_tangent)
-    input_tangent = input if input_tangent is None else input_tangent
-    images, motions = (input, input_tangent), (parameters, parameters_tangent)
-    flags |= {"SUPERSAMPLE": supersample, "PROJECT": project}
-    tile = tiling.gather_tile(
-        output.shape[2:], input.shape[1], launch.is_channels_last(input), input.dtype, taps, flags["TANGENT"]
-    )
-    gather_kernel[tile.grid(output.shape[0], output.shape[1], output.shape[2:])](
-        output, *images, *motions, *stages.chain(kind, auxiliary, None, input.dim() - 2),
-        launch.size(output) + ((depth,) if project else ()), launch.size(input), output.shape[1], parameters.shape[1],
-        *launch.batches(*images, *motions),
-        launch.strides(output), *map(launch.strides, images), *map(launch.parameter_strides, motions),
-        launch.packed_fill(fill), mask, None if mask is None else launch.strides(mask),
-        **stages.gather(kind, mode, padding_mode), **flags,
-        ALIGN_CORNERS=align_corners, **tile.constants(),
-        **launch.constants(*images, output, parameters=launch.present(*motions, auxiliary)),
+    fill = launch.packed_fill(fill)
+    tensors = output, input, input_tangent, parameters, parameters_tangent, auxiliary, fill, mask
+    start = _launch(*map(launch.layout, tensors), kind, mode, padding_mode, align_corners, supersample, project, depth)
+    start(
+        output, input, input if input_tangent is None else input_tangent,
+        parameters, parameters if parameters_tangent is None else parameters_tangent, auxiliary, fill, mask,
+    )  # fmt: skip
+
+
+@launch.remembered
+def _launch(
+    output, input, input_tangent, parameters, parameters_tangent, auxiliary, fill, mask,
+    kind, mode, padding_mode, align_corners, supersample, project, depth,
+):  # fmt: skip
+    """All that follows from the tensors' layouts and the options."""
+    tangent, taps, channels = parameters_tangent is not None, stages.INTERPOLATIONS[mode].taps, input.shape[1]
+    images, motions = (input, input_tangent or input), (parameters, parameters_tangent or parameters)
+    size, depths = output.shape[2:], (depth,) if project else ()
+    tile = tiling.gather_tile(size, channels, launch.is_channels_last(input), input.dtype, taps, tangent)
+    return launch.Launch(
+        gather_kernel,
+        tile.grid(output.shape[0], channels, size),
+        (
+            *stages.chain(kind, auxiliary, None, len(input.shape) - 2),
+            launch.size(output) + depths, launch.size(input), channels, parameters.shape[1],
+            *launch.batches(*images, *motions),
+            launch.strides(output), *map(launch.strides, images), *map(launch.parameter_strides, motions),
+            None if mask is None else launch.strides(mask),
+        ),
+        stages.gather(kind, mode, padding_mode)
+        | {"TANGENT": tangent, "INPUT_TANGENT": input_tangent is not None, "ALIGN_CORNERS": align_corners}
+        | {"SUPERSAMPLE": supersample, "PROJECT": project}
+        | tile.constants()
+        | launch.constants(*images, output, parameters=launch.present(*motions, auxiliary)),
     )  # fmt: skip

@@ -1,12 +1,82 @@
-"""Tensors to kernel arguments: sizes and strides x first, and what follows from dtype and layout."""
+"""Tensors to kernel arguments, sizes and strides x first; what follows from dtype and layout; and the start itself.
 
+A small warp is over sooner than Python has got its launch together. All that a launch takes but the pointers
+follows from the layouts of its tensors and from the options, so launchers work it out once for each (`Launch`), and
+remember it.
+"""
+
+import functools
 import math
+from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
+from triton.runtime import driver
 
 _INT32_MAX = 2**31 - 1
 _BATCHED = ("input", "input_tangent", "parameters", "parameters_tangent", "grad_output")
+_REMEMBERED: list = []
+
+
+class Layout(NamedTuple):
+    """What a launch must know of a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def layout(tensor):
+    return None if tensor is None else Layout(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def contiguous(shape, dtype):
+    """The layout of a new tensor."""
+    return Layout(shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), dtype)
+
+
+def remembered(function):
+    """Work out once what follows from layouts and options; the last few thousand are kept, until `forget`."""
+    _REMEMBERED.append(functools.lru_cache(2**12)(function))
+    return _REMEMBERED[-1]
+
+
+def forget():
+    """Where device functions or budgets have changed."""
+    for function in _REMEMBERED:
+        function.cache_clear()
+
+
+class Launch:
+    """A kernel with its grid and all that it takes but pointers, which are its first arguments.
+
+    Triton's own call works out, every time, which compiled kernel its arguments ask for. That follows from what is
+    held here, from which pointers there are and how they are aligned, and from the device: it is asked once for each.
+    """
+
+    def __init__(self, kernel, grid, arguments, constants):
+        self.kernel, self.grid, self.arguments, self.constants = kernel, (*grid, 1), arguments, constants
+        # AMD's compiler asks for sizes of memory as well; Triton's interpreter compiles nothing.
+        self._compiled = {} if isinstance(kernel, triton.JITFunction) and torch.version.hip is None else None
+
+    def __call__(self, *pointers):
+        if self._compiled is None:
+            self.kernel[self.grid](*pointers, *self.arguments, **self.constants)
+            return
+        key = driver.active.get_current_device(), *[p if p is None else p.data_ptr() % 16 == 0 for p in pointers]
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[self.grid](*pointers, *self.arguments, *self._compile_time)
+            return
+        compiled = self.kernel[self.grid](*pointers, *self.arguments, **self.constants)
+        if compiled is not None:
+            self._compiled[key] = compiled
+
+    @functools.cached_property
+    def _compile_time(self):
+        """The constants that are arguments, in their order."""
+        return [self.constants[name] for name in self.kernel.arg_names if name in self.constants]
 
 
 def size(image):
@@ -16,14 +86,13 @@ def size(image):
 
 def strides(image):
     """(N, C, *size) → strides of n, of c and of the pixels, x first."""
-    stride = image.stride()
-    return stride[0], stride[1], *reversed(stride[2:])
+    return *image.strides[:2], *reversed(image.strides[2:])
 
 
 def parameter_strides(parameters):
     """(N, K, *size, d) of a dense map → strides of n, of k, of the pixels, x first, and of the components."""
-    stride = parameters.stride()
-    return stride[0], stride[1], *reversed(stride[2:-1]), stride[-1]
+    n, k, *pixels, component = parameters.strides
+    return n, k, *reversed(pixels), component
 
 
 def shared_strides(field):
@@ -32,14 +101,11 @@ def shared_strides(field):
     return n, 0 if field.shape[1] == 1 else k, *rest
 
 
-def packed(dense, parameters, tangent):
-    """Parameters and their tangent, the parameters themselves where there is none, as the kernels read
-    them: a dense map in place, a few numbers per map next to each other.
+def packed(dense, *parameters):
+    """Parameters and their tangent as the kernels read them: a dense map in place, a few numbers per map next to each
+    other; None where there is none.
     """
-    given = (parameters,) if tangent is None else (parameters, tangent)
-    if not dense:
-        given = tuple(numbers.contiguous() for numbers in given)
-    return given[0], given[-1]
+    return parameters if dense else tuple(None if p is None else p.contiguous() for p in parameters)
 
 
 def packed_fill(fill):
@@ -67,7 +133,9 @@ def present(*tensors):
 
 def is_channels_last(image):
     """Whether channels lie next to each other in memory, and more than one channel does."""
-    return image.shape[1] > 1 and image.stride(1) == 1 and not image.is_contiguous()
+    packed = contiguous(image.shape, image.dtype).strides
+    orders = zip(image.shape, image.strides, packed, strict=True)
+    return image.shape[1] > 1 and image.strides[1] == 1 and any(n > 1 and s != p for n, s, p in orders)
 
 
 def compute_dtype(dtype):
@@ -93,4 +161,4 @@ def is_far(constants):
 
 def _reach(tensor, first):
     """The largest element offset along the dimensions from `first` on."""
-    return sum((n - 1) * s for n, s in zip(tensor.shape[first:], tensor.stride()[first:], strict=True))
+    return sum((n - 1) * s for n, s in zip(tensor.shape[first:], tensor.strides[first:], strict=True))

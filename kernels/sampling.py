@@ -112,8 +112,23 @@ def power(n, EXPONENT: tl.constexpr):
 
 
 @triton.jit
+def with_fields(chain, field_ptr, grad_field_ptr):
+    """A chain as a launch passes it → the same, with the fields that it reads and adds to."""
+    if len(chain) == 0:
+        return chain
+    else:
+        field = ()
+        grad_field = ()
+        if field_ptr is not None:
+            field = (field_ptr,) + chain[1]
+        if grad_field_ptr is not None:
+            grad_field = (grad_field_ptr,) + chain[2]
+        return chain[0], field, grad_field
+
+
+@triton.jit
 def map_chain(chain, numbers, n, k):
-    """A chain as a launch passes it → the same for map k of image n, with its numbers."""
+    """A chain with its fields → the same for map k of image n, with its numbers."""
     if len(chain) == 0:
         return chain
     else:

@@ -28,18 +28,17 @@ from . import launch, tuples
 from .coordinates import block_offset, centred, image_start, lanes, load_block, load_fill, tile_count, tile_index
 from .interpolation import corner, coverage, loops, product, product_jvp, product_vjp, product_vjp_jvp, taps_along
 from .padding import pass_padding, strictly_inside
-from .sampling import look, map_chain, power, sample_place, samples_per_axis, uncentred
+from .sampling import look, map_chain, power, sample_place, samples_per_axis, uncentred, with_fields
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def scatter_kernel(
     grad_input_ptr, scale_ptr, gradients_ptr, grad_output_ptr,
-    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, links, chain,
-    output_size, input_size, channels, maps,
+    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, field_ptr, grad_field_ptr, fill_ptr,
+    links, chain, output_size, input_size, channels, maps,
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     grad_input_strides, gradients_strides, gradients_stride_slot, slots, grad_output_strides,
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
-    fill_ptr,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, SHRINK: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     TRANSFORM_VJP_JVP: tl.constexpr,
@@ -56,6 +55,7 @@ def scatter_kernel(
     # A chain adds the gradients of its numbers itself, sample by sample.
     SUMS: tl.constexpr = (SUPERSAMPLE != 1 or LOOP) and len(links) == 0
     COEFFICIENTS: tl.constexpr = len(BLOCK) * (len(BLOCK) + 1) if SHRINK is not None else (len(BLOCK) + 1) ** 2
+    chain = with_fields(chain, field_ptr, grad_field_ptr)
     tiles = tile_count(output_size, BLOCK)
     programs = slots // tl.num_programs(1) if LOOP else tiles
     program = tl.program_id(0) % programs

@@ -176,9 +176,9 @@ def chain(kind: str, auxiliary: Any, grad_auxiliary: Any, dims: int) -> Any:
     field, grad_field = (), ()
     if auxiliary is not None:
         size = tuple(reversed(auxiliary.shape[2:-1]))
-        field = (auxiliary, launch.shared_strides(auxiliary), size, auxiliary.shape[0])
+        field = (launch.shared_strides(auxiliary), size, auxiliary.shape[0])
     if grad_auxiliary is not None:
-        grad_field = (grad_auxiliary, launch.shared_strides(grad_auxiliary))
+        grad_field = (launch.shared_strides(grad_auxiliary),)
     return links, (sizes, field, grad_field)
 
 

@@ -50,12 +50,11 @@ from .padding import strictly_inside
 @triton.jit(do_not_specialize=launch.COUNTS)
 def walk_kernel(
     grad_input_ptr, scattered_ptr, gradients_ptr, grad_output_ptr,
-    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr,
+    input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, fill_ptr,
     output_size, input_size, channels, maps,
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     grad_input_strides, gradients_strides, gradients_stride_slot, grad_output_strides,
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
-    fill_ptr,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, SHRINK: tl.constexpr, REFINE: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -72,6 +72,13 @@ def backend(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def nothing_remembered():
+    """A test may change what launches follow from."""
+    yield
+    tri_stn.kernels.launch.forget()
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Fill every new tensor with NaN, so that an element that is never written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

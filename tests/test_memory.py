@@ -1,13 +1,12 @@
 """What a map of a few numbers takes beside the tensors that anyone must hold: not more for a larger output."""
 
-import importlib
 import math
 
 import pytest
 import torch
 from conftest import DEVICE
 from test_chain import MAPS
-from test_operators import Allocations, Silent
+from test_operators import Allocations, silence
 from tri_stn.kernels import tiling
 
 import tri_stn
@@ -35,12 +34,8 @@ def extra(allocated, *held):
 @pytest.fixture
 def launches(monkeypatch):
     """The names of the kernels that would have run. Nothing does, and no memory is touched: outputs may be large."""
-    names = []
-    for file, kernel in (("gather", "gather_kernel"), ("adjoint", "walk_kernel"), ("adjoint", "scatter_kernel")):
-        monkeypatch.setattr(importlib.import_module(f"tri_stn.kernels.{file}"), kernel, Silent(kernel, names))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    return names
+    return silence(monkeypatch)
 
 
 def image_of(name, **options):

@@ -1,12 +1,10 @@
 """Volumes reduced along their depth as they are sampled: warp(…, project=…), against the same in two steps."""
 
-import importlib
-
 import pytest
 import torch
 from conftest import DEVICE
 from test_antialias import truth
-from test_operators import Allocations, Silent
+from test_operators import Allocations, silence
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 
@@ -161,10 +159,7 @@ def test_function_transforms_and_compile(backend, project):
 @pytest.mark.parametrize("project", PROJECTIONS)
 def test_the_sampled_volume_is_never_stored(project, monkeypatch):
     """Forward and backward, nothing has as many elements as a volume of the output's depth."""
-    for file, name in (("gather", "gather_kernel"), ("adjoint", "walk_kernel"), ("adjoint", "scatter_kernel")):
-        # The interpreter allocates for itself, so nothing is started.
-        monkeypatch.setattr(importlib.import_module(f"tri_stn.kernels.{file}"), name, Silent(name, []))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    silence(monkeypatch)
     depth, height, width = 2048, 64, 64
     image = torch.zeros(1, 2, 8, 16, 16, device=DEVICE, requires_grad=True)
     theta = torch.eye(3, 4, device=DEVICE)[None].requires_grad_()

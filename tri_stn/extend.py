@@ -70,6 +70,7 @@ def register_transform(
     if interpreted or torch.cuda.is_available():
         _check(name, kernels, (map, map_vjp, reference), labels, dims, example, "cpu" if interpreted else "cuda")
     kernels.stages.LINKS[name] = kernels.stages.Link(map, map_vjp, lambda _: count, table=False)
+    kernels.launch.forget()  # the name may have had other functions
     points.LINKS[name] = points.Link(reference, lambda _: count, table=False, linear=False)
     title = "".join(word.capitalize() for word in name.split("_"))
     body = {"kind": name, "dims": dims, "_lengths": lengths, "__doc__": f"{title}({', '.join(lengths)}): registered."}
