@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ("float32", "bfloat16", "float16", "float64")
     resources.add_argument("--dtype", action="append", choices=dtypes, help="default: float32 and bfloat16")
 
+    host = commands.add_parser("host", help="what Python and Triton take to start a small step; needs no GPU")
+    host.set_defaults(main=_host)
+
     traffic = commands.add_parser("traffic", help="sectors and lines that warps and programs touch; needs no GPU")
     traffic.set_defaults(main=_traffic)
     traffic.add_argument("name", metavar="WORKLOAD", help="all workloads with this in their name")
@@ -274,6 +277,14 @@ def _resources(arguments: argparse.Namespace) -> int:
         write_whole(arguments.json, resources.to_json(rows) + "\n")
     columns = [field.name for field in fields(resources.Resources)]
     print(table(columns, ([_cell(getattr(row, column)) for column in columns] for row in rows)))
+    return 0
+
+
+def _host(_: argparse.Namespace) -> int:
+    from . import host
+    from .report import table
+
+    print(table(host.HEADERS, host.measure()))
     return 0
 
 

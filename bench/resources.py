@@ -285,7 +285,7 @@ def _image(case: Case, size: tuple[int, ...]) -> torch.Tensor:
     return image
 
 
-class _Driver:
+class Driver:
     """Stands in for a GPU driver: enough for Triton to compile, nothing to launch with."""
 
     def __init__(self, arch: str) -> None:
@@ -321,7 +321,7 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
 
     JITFunction.run = compile_only  # type: ignore[method-assign]
     kernels.launch.forget()  # what launchers remember is of one vendor
-    driver.set_active(_Driver(arch))
+    driver.set_active(Driver(arch))
     torch.version.hip = "as on ROCm" if ARCHITECTURES[arch][0] == "hip" else None  # launchers ask it for the vendor
     try:
         with warnings.catch_warnings():

@@ -54,10 +54,10 @@ def adjoint(
     )  # fmt: skip
     plan = _plan(*map(launch.layout, tensors), kind, mode, padding_mode, align_corners, supersample, deterministic)
 
-    compute, device = plan.compute, grad_output.device
+    compute = plan.compute
     partials = field_gradient = None
     if plan.partials is not None:
-        partials = (torch.zeros if plan.chained else torch.empty)(plan.partials, dtype=compute, device=device)
+        partials = (parameters.new_zeros if plan.chained else parameters.new_empty)(plan.partials, dtype=compute)
     if grad_auxiliary is not None:
         field_gradient = _zeros(grad_auxiliary, compute)
     source = grad_input if input is None else input
@@ -73,7 +73,7 @@ def adjoint(
             scattered = _zeros(grad_input, torch.int64 if deterministic else compute)
         if deterministic and need_input:
             if plan.measure is not None:  # slopes and tangents have no bound: they are looked at first
-                largest = torch.zeros(plan.batch, dtype=compute, device=device)
+                largest = parameters.new_zeros(plan.batch, dtype=compute)
                 plan.measure(scattered, largest, None, *read, auxiliary, None, fill)
             else:
                 largest = fixed_point.largest(grad_output, plan.batch, parameters.shape[1], compute)
@@ -83,17 +83,17 @@ def adjoint(
         if scale is not None:
             scattered = fixed_point.restore(scattered, scale, grad_input, None if plan.walk is None else compute)
     if plan.walk is not None:
-        shares = None if partials is None else partials[:, :, plan.scatter_slots :]
+        shares = partials[:, :, plan.scatter_slots :] if plan.scatter_slots and partials is not None else partials
         plan.walk(grad_input, scattered, shares, *read, fill)
     elif scattered is not None and scattered is not grad_input:
         grad_input.copy_(scattered)
     if field_gradient is not grad_auxiliary:
         grad_auxiliary.copy_(field_gradient)
     if partials is not None and grad_parameters is not None:
-        if grad_parameters.dtype == compute and grad_parameters.is_contiguous():
-            torch.sum(partials, 2, out=grad_parameters.view(*partials.shape[:2], -1))
+        if grad_parameters.dtype == compute:
+            torch.sum(partials, 2, out=grad_parameters)
         else:
-            grad_parameters.copy_(partials.sum(2).view_as(grad_parameters))
+            grad_parameters.copy_(partials.sum(2))
 
 
 def _zeros(like, dtype):
@@ -109,7 +109,7 @@ class _Plan:
     batch: int
     """Images, all of which have a gradient."""
     partials: tuple[int, ...] | None
-    """The shape of the partial sums: images, maps, the scatter's slots and then the walk's, numbers."""
+    """The shape of the partial sums: images, maps, the scatter's slots and then the walk's, and a map's numbers."""
     scatter_slots: int
     chained: bool
     """Whether programs add to their slots, by atomics."""
@@ -167,7 +167,7 @@ def _plan(
     walk_slots = walk_grid[0] // batch * walk_grid[1] if walks else 0
     partials = None
     if need_parameters and not dense:
-        shape = (batch, maps, scatter_slots + walk_slots, launch.count(parameters))
+        shape = (batch, maps, scatter_slots + walk_slots, *parameters.shape[2:])
         partials = launch.contiguous(shape, compute)
 
     sizes = (

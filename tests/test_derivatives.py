@@ -215,6 +215,19 @@ def test_vmap_does_not_expand_the_image(backend):
     assert max(t.untyped_storage().nbytes() for t in log.tensors) < image.nbytes
 
 
+def test_a_gradient_that_carries_a_tangent():
+    """Forward mode through a backward pass of which no graph is kept."""
+    image, theta, grad = Case(**DOUBLE).tensors("cpu")
+    output = warp(Case(**DOUBLE))(image.requires_grad_(), theta.requires_grad_())
+    tangent = torch.rand_like(grad)
+    expected = torch.autograd.grad(output, (image, theta), tangent, retain_graph=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(grad, tangent)
+        found = torch.autograd.grad(output, (image, theta), dual)
+        for change, linear in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(change).tangent, linear)
+
+
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_what_is_not_implemented_says_so(backend, image_and_theta):
     image, theta = (t[0, :1] for t in image_and_theta)

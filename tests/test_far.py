@@ -1,10 +1,12 @@
 """Tensors that reach beyond 2**31 elements: the same pixels, far apart in a sparse file that costs nothing."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from tri_stn.kernels import launch
 
 import tri_stn
 
@@ -65,29 +67,35 @@ def test_partial_sums_beyond_2_to_the_31(backend, monkeypatch, tmp_path):
     """Of the matrix' gradient: those of the walk's third tile, or of the third map, lie where 32 bits do not reach."""
     if backend == "cuda":
         pytest.skip("a file cannot stand in for a GPU's memory")
-    step, empty, far = 2**30, torch.empty, []
+    step, empty, contiguous, far = 2**30, torch.Tensor.new_empty, launch.contiguous, []
 
-    def spread(*shape, **options):
-        if len(shape) != 1 or tuple(shape[0])[3:] != (6,):
-            return empty(*shape, **options)
-        images, maps, slots, numbers = shape[0]
+    def layout(shape, dtype):
+        """Partial sums: three slots of one map, or three maps, 2**30 elements apart."""
+        if tuple(shape)[3:] != (2, 3):
+            return contiguous(shape, dtype)
+        return launch.Layout(shape, (9, step, 10, 3, 1) if shape[1] == 3 else (9, 10, step, 3, 1), dtype)
+
+    def spread(tensor, shape, **options):
+        if not isinstance(shape, Sequence) or tuple(shape)[3:] != (2, 3):
+            return empty(tensor, shape, **options)
         reach = 2**31 + 2 * step + 100
         path = tmp_path / str(len(far))
         with path.open("wb") as file:
             file.truncate(4 * (2**31 + reach))  # an offset that wraps around lands within
         memory = torch.from_file(str(path), shared=True, size=2**31 + reach)
-        strides = (9, step, 10, 1) if maps == 3 else (9, 10, step, 1)
-        far.append(memory.as_strided((images, maps, slots, numbers), strides, 2**31))
+        far.append(memory.as_strided(shape, layout(shape, None).strides, 2**31))
         return far[-1]
 
     torch.manual_seed(0)
     for maps, size in ((1, (20, 16)), (3, (4, 4))):
         image, theta = torch.rand(1, 1, *size), (torch.eye(2, 3) + torch.rand(1, maps, 2, 3) / 9).requires_grad_()
         results = []
-        for function in (empty, spread):
-            monkeypatch.setattr(torch, "empty", function)
+        for functions in ((empty, contiguous), (spread, layout)):
+            monkeypatch.setattr(torch.Tensor, "new_empty", functions[0])
+            monkeypatch.setattr(launch, "contiguous", functions[1])
+            launch.forget()
             output = tri_stn.warp(image.clone().requires_grad_(), tri_stn.Affine(theta))
             results += torch.autograd.grad(output.square().sum(), theta)
-        monkeypatch.setattr(torch, "empty", empty)
+        monkeypatch.setattr(torch.Tensor, "new_empty", empty)
         torch.testing.assert_close(*results)
-    assert [tuple(t.shape) for t in far] == [(1, 1, 3, 6), (1, 3, 1, 6)]
+    assert [tuple(t.shape) for t in far] == [(1, 1, 3, 2, 3), (1, 3, 1, 2, 3)]

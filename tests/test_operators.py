@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from conftest import DEVICE
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tri_stn.kernels import launch
 
@@ -97,6 +98,33 @@ class Allocations(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and not func.is_view and "(a!)" not in str(func._schema):
             self.tensors.append(result)
         return result
+
+
+def test_the_dispatcher_is_left_out_only_where_it_does_nothing():
+    image = torch.rand(1, 1, 2, 2)
+    ordinary = image, torch.nn.Parameter(image), image.double().requires_grad_()[:, :, :1], None
+    assert ops._is_direct(ordinary)
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert ops._is_direct((*ordinary, torch.rand(1)))
+    others = [image.to("meta"), torch.complex(image, image).conj().imag, torch._efficientzerotensor(2), image.to_sparse()]
+    with FakeTensorMode() as mode:
+        others.append(mode.from_tensor(image))
+        assert not ops._is_direct(ordinary)
+    assert not any(ops._is_direct((image, other)) for other in others)
+    with Allocations():
+        assert not ops._is_direct(ordinary)
+    seen = []
+    torch.vmap(lambda x: seen.append(ops._is_direct((image, x))) or x)(image)
+    torch.jit.trace(lambda x: seen.append(ops._is_direct((x,))) or x + 1, image, check_trace=False)
+    assert seen == [False, False]
+
+
+def test_a_negated_view_is_read_negated(backend):
+    """The imaginary part of a conjugate is a view that torch negates only when it is read."""
+    image = torch.rand(1, 1, 4, 4, dtype=torch.complex64, device=backend)
+    theta = torch.tensor([[[1.0, 0.2, 0], [0, 0.9, 0.1]]], device=backend)
+    expected = tri_stn.warp(image.imag.contiguous(), tri_stn.Affine(theta))
+    assert torch.equal(tri_stn.warp(image.conj().imag, tri_stn.Affine(theta)), -expected)
 
 
 def silence(monkeypatch):

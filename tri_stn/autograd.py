@@ -155,6 +155,12 @@ def _apply(function: Any, *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
+def _is_differentiated() -> bool:
+    """Whether anything may follow what is computed now: for most backward passes, nothing does."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or forward_mode or torch._C._are_functorch_transforms_active()
+
+
 def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, per: Sequence[int]) -> tuple:
     """Fold the mapped dimension into the batch. What is not mapped over stays as it is, and serves again.
 
@@ -188,7 +194,7 @@ class _Warp(torch.autograd.Function):
         size: Sequence[int], project: str, options: Options,
     ) -> Tensor:  # fmt: skip
         tensors = input, parameters, auxiliary, fill, None, None
-        return torch.ops.tri_stn.warp_forward(*tensors, size, project, False, *options)[0]
+        return ops.warp_forward(*tensors, size, project, False, *options)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -205,8 +211,11 @@ class _Warp(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         needs = ctx.needs_input_grad[:3]
-        again = _is_chain(ctx.options) and torch.is_grad_enabled() and not points.is_linear(ctx.options[0])
-        backward: Callable[..., Any] = _backward_through_grid if again else functools.partial(_apply, _Backward)
+        backward: Callable[..., Any] = _Backward.forward
+        if torch.is_grad_enabled() and _is_chain(ctx.options) and not points.is_linear(ctx.options[0]):
+            backward = _backward_through_grid
+        elif _is_differentiated():
+            backward = functools.partial(_apply, _Backward)
         grad_output = _spread(grad_output, ctx.size, ctx.project)
         gradients = backward(grad_output, *ctx.saved_tensors, ctx.layout, needs, ctx.options)
         return *_wanted(gradients, needs), None, None, None, None
@@ -280,7 +289,7 @@ class _WarpWithMask(_Warp):
         size: Sequence[int], project: str, options: Options,
     ) -> Any:  # fmt: skip
         tensors = input, parameters, auxiliary, fill, None, None
-        return torch.ops.tri_stn.warp_forward(*tensors, size, project, True, *options)
+        return ops.warp_forward(*tensors, size, project, True, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -339,7 +348,7 @@ class _Backward(torch.autograd.Function):
         layout: tuple, needs: tuple[bool, bool, bool], options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         tensors = grad_output, input, parameters, auxiliary, fill, None, None
-        return torch.ops.tri_stn.warp_backward(*tensors, *layout, *needs, *options)
+        return ops.warp_backward(*tensors, *layout, *needs, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -401,7 +410,7 @@ class _Change(torch.autograd.Function):
         size: Sequence[int], project: str, options: Options,
     ) -> Tensor:  # fmt: skip
         tensors = input, parameters, None, fill, input_tangent, parameters_tangent
-        return torch.ops.tri_stn.warp_forward(*tensors, size, project, False, *options)[0]
+        return ops.warp_forward(*tensors, size, project, False, *options)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -448,7 +457,7 @@ class _BackwardChange(torch.autograd.Function):
         layout: tuple, needs: tuple[bool, bool], options: Options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         tensors = grad_output, input, parameters, None, fill, input_tangent, parameters_tangent
-        return torch.ops.tri_stn.warp_backward(*tensors, *layout, *needs, False, *options)[:2]
+        return ops.warp_backward(*tensors, *layout, *needs, False, *options)[:2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -120,21 +120,22 @@ def warp(
         )
     if 0 in input.shape[2:]:
         raise ValueError(f"input must have at least one pixel; got spatial size {tuple(input.shape[2:])}.")
-    if size is None:
-        size = input.shape[2:] if transform.size is None else transform.size
-    size = _check_size(size, dims)
+    fixed = transform.size
+    size = tuple(fixed or input.shape[2:]) if size is None else _check_size(size, dims)
     _check_axes(input.dtype, input.shape[2:], size)
-    if transform.size is not None and tuple(transform.size) != size:
+    if fixed is not None and tuple(fixed) != size:
         raise ValueError(
-            f"This {type(transform).__name__} has one map per pixel of an output of size {tuple(transform.size)}; got "
+            f"This {type(transform).__name__} has one map per pixel of an output of size {tuple(fixed)}; got "
             f"size {size}. Leave size out."
         )
     if not isinstance(return_mask, bool):
         raise TypeError(f"return_mask must be True or False; got {return_mask!r}.")
     fills = _check_fill(fill, input, padding_mode)
     samples = _check_samples(transform, antialias, supersample)
-    _check_axes(input.dtype, tuple(n * (samples or MOST_SAMPLES) for n in size) if samples != 1 else size)
-    _check_projection(input, transform, size, project, samples, fills, return_mask)
+    if samples != 1:
+        _check_axes(input.dtype, tuple(n * (samples or MOST_SAMPLES) for n in size))
+    if project is not None:
+        _check_projection(input, transform, size, project, samples, fills, return_mask)
     if input.is_complex():
         options: Any = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
         options |= {"antialias": antialias, "supersample": supersample, "project": project}
@@ -390,11 +391,9 @@ def _check_samples(transform: Transform, antialias: bool, supersample: int) -> i
 
 
 def _check_projection(
-    input: Tensor, transform: Transform, size: Sequence[int], project: str | None, samples: int,
+    input: Tensor, transform: Transform, size: Sequence[int], project: str, samples: int,
     fill: Tensor | None, return_mask: bool,
 ) -> None:  # fmt: skip
-    if project is None:
-        return
     _check_choice("project", project, PROJECTIONS)
     if transform.dims != 3 or transform.kind not in ("affine", "projective"):
         raise ValueError(

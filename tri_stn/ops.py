@@ -64,8 +64,7 @@ def _allocate_output(
     batch = max(t.shape[0] for t in tensors if t is not None)
     size = size[1:] if project else size
     shape = (batch * parameters.shape[1], input.shape[1], *size)
-    layout = _CHANNELS_LAST.get(len(shape)) if is_channels_last(input) else torch.contiguous_format
-    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
     return output, input.new_empty((shape[0], 1, *size) if return_mask else (0,))
 
 
@@ -76,9 +75,8 @@ def _warp_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = (input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
     rows = cpu_rows.suits(input, is_channels_last(input))
-    if not rows and _is_plain(input, *tensors[2:], *options) and not project and not return_mask:
-        output_layout = _CHANNELS_LAST[input.dim()] if is_channels_last(input) else torch.contiguous_format
-        plain = cpu.warp(input, parameters, size, output_layout, *options[:-1])
+    if not rows and not project and not return_mask and _is_plain(input, *tensors[2:], *options):
+        plain = cpu.warp(input, parameters, size, _memory_format(input), *options[:-1])
         if plain is not None:
             return plain, input.new_empty(0)
     output, mask = _allocate_output(*tensors, size, project, return_mask)
@@ -91,6 +89,11 @@ def _warp_forward(
         tensors = (input.new_ones(len(input), 1, *input.shape[2:]), parameters, auxiliary, None, None, None)
         _, mask = _warp_forward(*tensors, size, project, return_mask, *options)
     return output, mask
+
+
+def warp_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """``tri_stn::warp_forward``, without the dispatcher where that would come straight here."""
+    return (_warp_forward if _is_direct(args[:6]) else torch.ops.tri_stn.warp_forward)(*args)
 
 
 def _projection(project: str, size: Sequence[int]) -> dict[str, Any]:
@@ -160,8 +163,32 @@ def _warp_backward(
     return gradients
 
 
+def warp_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``tri_stn::warp_backward``, likewise."""
+    return (_warp_backward if _is_direct(args[:7]) else torch.ops.tri_stn.warp_backward)(*args)
+
+
 def _named(options: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(("kind", "mode", "padding_mode", "align_corners", "supersample"), options, strict=True))
+
+
+def _bits(*names: str) -> int:
+    return functools.reduce(
+        int.__or__, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, n)).raw_repr() for n in names)
+    )
+
+
+_ORDINARY = _bits("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+_QUIET = _bits("BackendSelect", "ADInplaceOrView")
+
+
+def _is_direct(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing lies between an operator and its implementation: the tensors are ordinary ones (no subclass, fake
+    tensor, lazy negation or zero) and no mode, trace or transform listens. A fifth of a small warp's time.
+    """
+    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~_QUIET:
+        return False
+    return not any(t is not None and torch._C._dispatch_keys(t).raw_repr() & ~_ORDINARY for t in tensors)
 
 
 # --- one name for each, for graphs -----------------------------------------------------------------
@@ -228,6 +255,11 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def is_channels_last(image: Tensor) -> bool:
     """Whether channels lie next to each other in memory: kept in the output and its gradient."""
     return image.dim() in _CHANNELS_LAST and image.shape[1] > 1 and image.stride(1) == 1 and not image.is_contiguous()
+
+
+def _memory_format(image: Tensor) -> torch.memory_format:
+    """An image's order of memory, in which its output is."""
+    return _CHANNELS_LAST[image.dim()] if is_channels_last(image) else torch.contiguous_format
 
 
 def is_deterministic() -> bool:

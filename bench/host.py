@@ -1,0 +1,107 @@
+"""What a small step costs the host, measured without a GPU: launches are prepared as for one, and nothing runs.
+
+A step on small images takes as long as Python, torch and Triton take to start its kernels. Left out is what a driver
+adds: a call in C for each launch, a few microseconds, in torch's own operators as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import tri_stn
+from tri_stn import ops
+
+from .resources import Driver
+
+HEADERS = ("step", "launches", "forward, µs", "forward + backward, µs")
+_ROUNDS, _CALLS = 9, 200
+_SHAPE = 8, 1, 28, 28
+
+
+@contextlib.contextmanager
+def nothing_runs(arch: str = "sm_90") -> Iterator[list]:
+    """Tensors on the CPU take the kernels' road, up to the call that would start one: (kernel, grid, arguments)."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    started: list = []
+    kernels = ops.kernels()
+    plain, backend, active = ops._is_plain, ops._backend, driver._active
+    run, init_handles = CompiledKernel.run, CompiledKernel._init_handles
+
+    def start(kernel: Any) -> Callable[..., None]:
+        # Before its own arguments: grid, stream, function, metadata of two kinds, two hooks.
+        return lambda *given: started.append((kernel, given[:3], given[9:]))
+
+    try:
+        ops._is_plain = lambda *_: False  # type: ignore[assignment]
+        ops._backend = lambda *_: kernels  # type: ignore[assignment]
+        driver.set_active(Driver(arch))
+        CompiledKernel.run, CompiledKernel._init_handles = property(start), lambda _: None
+        kernels.launch.forget()
+        yield started
+    finally:
+        kernels.launch.forget()
+        CompiledKernel.run, CompiledKernel._init_handles = run, init_handles
+        driver._active = active
+        ops._is_plain, ops._backend = plain, backend
+
+
+def steps() -> dict[str, Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]]:
+    """By name: forward passes of a small step, each with the tensors that want a gradient."""
+    image, theta = torch.rand(_SHAPE, requires_grad=True), torch.eye(2, 3).repeat(8, 1, 1).requires_grad_()
+    angle, shift = torch.zeros(8, requires_grad=True), torch.zeros(8, 2, requires_grad=True)
+    scale, field = torch.ones(8, requires_grad=True), torch.zeros(8, 28, 28, 2, requires_grad=True)
+    return {
+        "affine": lambda: (tri_stn.warp(image, tri_stn.Affine(theta)), [image, theta]),
+        "affine, border": lambda: (tri_stn.warp(image, tri_stn.Affine(theta), padding_mode="border"), [image, theta]),
+        "similarity": lambda: (
+            tri_stn.warp(image, tri_stn.Similarity(scale, angle, shift)),
+            [image, scale, angle, shift],
+        ),
+        "displacement": lambda: (tri_stn.warp(image, tri_stn.Displacement(field)), [image, field]),
+        "swap-in": lambda: (tri_stn.grid_sample(image, tri_stn.affine_grid(theta, _SHAPE, False)), [image, theta]),
+    }
+
+
+def measure() -> Iterator[tuple[str, object, str, str]]:
+    """Medians of rounds, one thread; last, torch's operators on an image of 2 × 2, which start no kernel at all."""
+    torch.set_num_threads(1)
+    with nothing_runs() as started:
+        for name, forward in steps().items():
+            both(forward)  # compiles
+            started.clear()
+            both(forward)
+            launches = len(started)
+            yield name, launches, *(f"{_time(call, started):.0f}" for call in (forward, lambda: both(forward)))
+    image, theta = torch.rand(1, 1, 2, 2, requires_grad=True), torch.eye(2, 3)[None].requires_grad_()
+
+    def eager() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        grid = F.affine_grid(theta, [1, 1, 2, 2], align_corners=False)
+        return F.grid_sample(image, grid, align_corners=False), [image, theta]
+
+    yield "torch's affine, on the CPU", "", *(f"{_time(call, []):.0f}" for call in (eager, lambda: both(eager)))
+
+
+def both(forward: Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]) -> None:
+    output, inputs = forward()
+    torch.autograd.grad(output, inputs, output)
+
+
+def _time(call: Callable[[], object], started: list) -> float:
+    """Microseconds."""
+    times = []
+    for _ in range(_ROUNDS + 1):
+        before = time.perf_counter()
+        for _ in range(_CALLS):
+            call()
+        times.append((time.perf_counter() - before) / _CALLS * 1e6)
+        started.clear()
+    return statistics.median(times[1:])
