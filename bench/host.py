@@ -21,6 +21,8 @@ from tri_stn import ops
 from .resources import Driver
 
 HEADERS = ("step", "launches", "forward, µs", "forward + backward, µs")
+Step = Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]
+"""A forward pass, which returns its output and the tensors that want a gradient."""
 _ROUNDS, _CALLS = 9, 200
 _SHAPE = 8, 1, 28, 28
 
@@ -54,8 +56,8 @@ def nothing_runs(arch: str = "sm_90") -> Iterator[list]:
         ops._is_plain, ops._backend = plain, backend
 
 
-def steps() -> dict[str, Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]]:
-    """By name: forward passes of a small step, each with the tensors that want a gradient."""
+def steps() -> dict[str, Step]:
+    """By name: small steps."""
     image, theta = torch.rand(_SHAPE, requires_grad=True), torch.eye(2, 3).repeat(8, 1, 1).requires_grad_()
     angle, shift = torch.zeros(8, requires_grad=True), torch.zeros(8, 2, requires_grad=True)
     scale, field = torch.ones(8, requires_grad=True), torch.zeros(8, 28, 28, 2, requires_grad=True)
@@ -67,11 +69,14 @@ def steps() -> dict[str, Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]]:
             [image, scale, angle, shift],
         ),
         "displacement": lambda: (tri_stn.warp(image, tri_stn.Displacement(field)), [image, field]),
-        "swap-in": lambda: (tri_stn.grid_sample(image, tri_stn.affine_grid(theta, _SHAPE, False)), [image, theta]),
+        "swap-in": lambda: (
+            tri_stn.grid_sample(image, tri_stn.affine_grid(theta, _SHAPE, False), align_corners=False),
+            [image, theta],
+        ),
     }
 
 
-def measure() -> Iterator[tuple[str, object, str, str]]:
+def measure() -> Iterator[tuple[object, ...]]:
     """Medians of rounds, one thread; last, torch's operators on an image of 2 × 2, which start no kernel at all."""
     torch.set_num_threads(1)
     with nothing_runs() as started:
@@ -80,19 +85,23 @@ def measure() -> Iterator[tuple[str, object, str, str]]:
             started.clear()
             both(forward)
             launches = len(started)
-            yield name, launches, *(f"{_time(call, started):.0f}" for call in (forward, lambda: both(forward)))
+            yield name, launches, *_times(forward, started)
     image, theta = torch.rand(1, 1, 2, 2, requires_grad=True), torch.eye(2, 3)[None].requires_grad_()
 
     def eager() -> tuple[torch.Tensor, list[torch.Tensor]]:
         grid = F.affine_grid(theta, [1, 1, 2, 2], align_corners=False)
         return F.grid_sample(image, grid, align_corners=False), [image, theta]
 
-    yield "torch's affine, on the CPU", "", *(f"{_time(call, []):.0f}" for call in (eager, lambda: both(eager)))
+    yield "torch's affine, on the CPU", "", *_times(eager, [])
 
 
-def both(forward: Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]) -> None:
+def both(forward: Step) -> None:
     output, inputs = forward()
     torch.autograd.grad(output, inputs, output)
+
+
+def _times(forward: Step, started: list) -> tuple[str, str]:
+    return f"{_time(forward, started):.0f}", f"{_time(lambda: both(forward), started):.0f}"
 
 
 def _time(call: Callable[[], object], started: list) -> float:

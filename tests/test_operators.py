@@ -106,7 +106,12 @@ def test_the_dispatcher_is_left_out_only_where_it_does_nothing():
     assert ops._is_direct(ordinary)
     with torch.inference_mode(), torch.autocast("cpu"):
         assert ops._is_direct((*ordinary, torch.rand(1)))
-    others = [image.to("meta"), torch.complex(image, image).conj().imag, torch._efficientzerotensor(2), image.to_sparse()]
+    others = [
+        image.to("meta"),
+        torch.complex(image, image).conj().imag,
+        torch._efficientzerotensor(2),
+        image.to_sparse(),
+    ]
     with FakeTensorMode() as mode:
         others.append(mode.from_tensor(image))
         assert not ops._is_direct(ordinary)
