@@ -149,16 +149,15 @@ def _as_grid(
 
 
 def _apply(function: Any, *args: Any) -> Any:
-    """``function.apply``, but for the signature that it inspects at every call: half of a small warp's time."""
+    """``function.apply``, but for the signature that it inspects at every call, and for the node that nobody asks for
+    where no derivative can follow, as in most backward passes. Both take as long as a small warp.
+    """
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
-
-
-def _is_differentiated() -> bool:
-    """Whether anything may follow what is computed now: for most backward passes, nothing does."""
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return torch.is_grad_enabled() or forward_mode or torch._C._are_functorch_transforms_active()
+    args = unwrap_dead_wrappers(args)
+    if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
+        return function.forward(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, per: Sequence[int]) -> tuple:
@@ -211,11 +210,8 @@ class _Warp(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         needs = ctx.needs_input_grad[:3]
-        backward: Callable[..., Any] = _Backward.forward
-        if torch.is_grad_enabled() and _is_chain(ctx.options) and not points.is_linear(ctx.options[0]):
-            backward = _backward_through_grid
-        elif _is_differentiated():
-            backward = functools.partial(_apply, _Backward)
+        again = _is_chain(ctx.options) and torch.is_grad_enabled() and not points.is_linear(ctx.options[0])
+        backward: Callable[..., Any] = _backward_through_grid if again else functools.partial(_apply, _Backward)
         grad_output = _spread(grad_output, ctx.size, ctx.project)
         gradients = backward(grad_output, *ctx.saved_tensors, ctx.layout, needs, ctx.options)
         return *_wanted(gradients, needs), None, None, None, None
