@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from conftest import DEVICE
 from scipy.interpolate import BSpline, RBFInterpolator
 from torch.autograd import gradcheck, gradgradcheck
-from user_maps import LogPolar, RadialDistortion, radial, radial_in_torch, radial_vjp
+from user_maps import (
+    LogPolar,
+    RadialDistortion,
+    barrel,
+    barrel_in_torch,
+    barrel_vjp,
+    radial,
+    radial_in_torch,
+    radial_vjp,
+)
 
 import tri_stn
 from tri_stn import ops
@@ -385,6 +394,19 @@ def test_thin_plates_pass_through_their_points_and_are_solved_once(monkeypatch):
     targets += 0.1
     tri_stn.ThinPlateSpline(targets, source).parameters  # noqa: B018
     assert len(calls) == 2, "changed in place, so solved again"
+
+
+@pytest.mark.parametrize("backend", ["kernels"], indirect=True)
+def test_a_name_registered_again_has_the_new_functions(backend):
+    """Also where a launch of the old ones is remembered."""
+    image, k = torch.rand(1, 1, 4, 4, device=backend), [torch.full((1,), 0.3, device=backend)] * 2
+    outputs = []
+    for functions in ((radial, radial_vjp, radial_in_torch), (barrel, barrel_vjp, barrel_in_torch)):
+        outputs.append(tri_stn.warp(image, tri_stn.register_transform("again", *functions, ("k1", "k2"))(*k)))
+    theta, place = [float(one) for one in k], torch.linspace(-0.75, 0.75, 4, device=backend)
+    grid = torch.stack(barrel_in_torch(theta, (place[None, :].expand(4, 4), place[:, None].expand(4, 4))), -1)
+    torch.testing.assert_close(outputs[1], tri_stn.grid_sample(image, grid[None], align_corners=False))
+    assert not outputs[0].allclose(outputs[1])
 
 
 def test_registering_names_what_is_wrong():

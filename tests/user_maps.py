@@ -34,6 +34,28 @@ def radial_in_torch(theta, point):
 
 
 @triton.jit
+def barrel(theta, point):
+    """The other sign, of one coefficient alone."""
+    factor = 1 - (point[0] * point[0] + point[1] * point[1]) * theta[0]
+    return point[0] * factor, point[1] * factor
+
+
+@triton.jit
+def barrel_vjp(theta, point, grad):
+    square = point[0] * point[0] + point[1] * point[1]
+    factor = 1 - square * theta[0]
+    along = grad[0] * point[0] + grad[1] * point[1]
+    slope = -2 * along * theta[0]
+    grad_point = (grad[0] * factor + slope * point[0], grad[1] * factor + slope * point[1])
+    return (-along * square, along * 0), grad_point
+
+
+def barrel_in_torch(theta, point):
+    factor = 1 - (point[0] ** 2 + point[1] ** 2) * theta[0]
+    return point[0] * factor, point[1] * factor
+
+
+@triton.jit
 def log_polar(theta, point):
     """Around (x, y), the angle along the output's x and the logarithm of the radius along its y."""
     angle = point[0] * 3.141592653589793
