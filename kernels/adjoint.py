@@ -52,7 +52,7 @@ def adjoint(
         grad_input, grad_parameters, grad_auxiliary, grad_output, input, parameters, auxiliary, fill,
         input_tangent, parameters_tangent,
     )  # fmt: skip
-    plan = _plan(*map(launch.layout, tensors), kind, mode, padding_mode, align_corners, supersample, deterministic)
+    plan = _plan(tensors, kind, mode, padding_mode, align_corners, supersample, deterministic)
 
     compute = plan.compute
     partials = field_gradient = None

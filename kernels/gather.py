@@ -238,7 +238,7 @@ def gather(
     parameters, parameters_tangent = launch.packed(dense, parameters, parameters_tangent)
     fill = launch.packed_fill(fill)
     tensors = output, input, input_tangent, parameters, parameters_tangent, auxiliary, fill, mask
-    start = _launch(*map(launch.layout, tensors), kind, mode, padding_mode, align_corners, supersample, project, depth)
+    start = _launch(tensors, kind, mode, padding_mode, align_corners, supersample, project, depth)
     start(
         output, input, input if input_tangent is None else input_tangent,
         parameters, parameters if parameters_tangent is None else parameters_tangent, auxiliary, fill, mask,

@@ -27,19 +27,26 @@ class Layout(NamedTuple):
     dtype: torch.dtype
 
 
-def layout(tensor):
-    return None if tensor is None else Layout(tensor.shape, tensor.stride(), tensor.dtype)
-
-
 def contiguous(shape, dtype):
     """The layout of a new tensor."""
     return Layout(shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), dtype)
 
 
 def remembered(function):
-    """Work out once what follows from layouts and options; the last few thousand are kept, until `forget`."""
-    _REMEMBERED.append(functools.lru_cache(2**12)(function))
-    return _REMEMBERED[-1]
+    """A function of layouts and options, worked out once for each, as one of tensors, or None, and the same options.
+    The last few thousand results are kept, until `forget`.
+    """
+
+    @functools.lru_cache(2**12)
+    def work_out(layouts, *options):
+        return function(*[None if of is None else Layout(*of) for of in layouts], *options)
+
+    @functools.wraps(function)
+    def find(tensors, *options):
+        return work_out(tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]), *options)
+
+    _REMEMBERED.append(work_out)
+    return find
 
 
 def forget():

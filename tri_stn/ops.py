@@ -188,7 +188,10 @@ def _is_direct(tensors: Sequence[Tensor | None]) -> bool:
     """
     if torch._C._dispatch_tls_local_include_set().raw_repr() & ~_QUIET:
         return False
-    return not any(t is not None and torch._C._dispatch_keys(t).raw_repr() & ~_ORDINARY for t in tensors)
+    for tensor in tensors:
+        if tensor is not None and torch._C._dispatch_keys(tensor).raw_repr() & ~_ORDINARY:
+            return False
+    return True
 
 
 # --- one name for each, for graphs -----------------------------------------------------------------
