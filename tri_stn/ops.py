@@ -64,7 +64,7 @@ def _allocate_output(
     batch = max(t.shape[0] for t in tensors if t is not None)
     size = size[1:] if project else size
     shape = (batch * parameters.shape[1], input.shape[1], *size)
-    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input, len(shape)))
     return output, input.new_empty((shape[0], 1, *size) if return_mask else (0,))
 
 
@@ -76,7 +76,7 @@ def _warp_forward(
     tensors = (input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
     rows = cpu_rows.suits(input, is_channels_last(input))
     if not rows and not project and not return_mask and _is_plain(input, *tensors[2:], *options):
-        plain = cpu.warp(input, parameters, size, _memory_format(input), *options[:-1])
+        plain = cpu.warp(input, parameters, size, _memory_format(input, input.dim()), *options[:-1])
         if plain is not None:
             return plain, input.new_empty(0)
     output, mask = _allocate_output(*tensors, size, project, return_mask)
@@ -260,9 +260,9 @@ def is_channels_last(image: Tensor) -> bool:
     return image.dim() in _CHANNELS_LAST and image.shape[1] > 1 and image.stride(1) == 1 and not image.is_contiguous()
 
 
-def _memory_format(image: Tensor) -> torch.memory_format:
-    """An image's order of memory, in which its output is."""
-    return _CHANNELS_LAST[image.dim()] if is_channels_last(image) else torch.contiguous_format
+def _memory_format(image: Tensor, rank: int) -> torch.memory_format:
+    """An image's order of memory, for an output of so many dimensions."""
+    return _CHANNELS_LAST[rank] if is_channels_last(image) else torch.contiguous_format
 
 
 def is_deterministic() -> bool:
