@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tri_stn import files
 
 from .workloads import Workload
 
@@ -232,12 +232,5 @@ def waits(row: dict[str, Any]) -> bool:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write all of a file, text as UTF-8, or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    data = content.encode() if isinstance(content, str) else content
+    files.write_whole(path, lambda temporary: temporary.write_bytes(data))

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 import tri_stn
 from tri_stn import gallery
 from tri_stn.__main__ import main
+from tri_stn.files import write_whole
 from tri_stn.gallery import mapping, photograph, sampling_points, training, transforms
-from tri_stn.gallery.page import Page, write_whole
+from tri_stn.gallery.page import Page
 from tri_stn.transforms import Transform
 
 pytest.importorskip("matplotlib")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import write_whole
 from .functional import MODES, PADDING_MODES, warp
 from .transforms import Affine
 
@@ -239,7 +239,6 @@ def _output_format(path: Path) -> str:
 
 
 def _write(picture: Picture, path: Path, format: str) -> None:
-    """Write all of the file or nothing: to a temporary name first, then rename."""
     image_module, _, numpy = _pillow()
     channels = picture.pixels.shape[1]
     if channels in (2, 4) and format in NO_ALPHA:
@@ -252,14 +251,10 @@ def _write(picture: Picture, path: Path, format: str) -> None:
     options: dict[str, Any] = {"icc_profile": picture.icc_profile} if picture.icc_profile else {}
     if format in ("JPEG", "WEBP"):
         options["quality"] = 95
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        image.save(temporary, format=format, **options)
-        os.replace(temporary, path)
+        write_whole(path, lambda temporary: image.save(temporary, format=format, **options))
     except (OSError, ValueError) as error:
         raise CommandError(f"{path} could not be written: {getattr(error, 'strerror', None) or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _pillow() -> tuple[Any, Any, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from ..files import write_whole
 
 INK, ACCENT, SECOND, MUTED, PALE = "#1f2933", "#e4572e", "#2f6f9f", "#7b8794", "#e4e7eb"
 """Text; what to look at; what to look at next; remarks; edges."""
@@ -80,13 +81,3 @@ def page(width: int, height: int) -> Iterator[Page]:
 
     with matplotlib.rc_context(STYLE):
         yield Page(width, height)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write all of the file or nothing: to a temporary name first, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import tri_stn
 
-from .page import ACCENT, INK, MUTED, Page, page, write_whole
+from ..files import write_whole
+from .page import ACCENT, INK, MUTED, Page, page
 from .photograph import Photo
 
 DIGIT, CANVAS, WINDOW = 20, 48, 16
