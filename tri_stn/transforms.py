@@ -143,7 +143,7 @@ class Affine(Transform):
 
 
 class _AffineFamily(Transform):
-    """Affine maps with fewer parameters. Their matrix is a few numbers, made by torch with its gradient."""
+    """Affine maps with fewer numbers than a matrix, which torch makes of them, with its gradient."""
 
     translation: Tensor  # a field of the classes below, which put their own before it
 
@@ -159,15 +159,6 @@ class _AffineFamily(Transform):
     @property
     def kind(self) -> str:
         return "affine"
-
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
-        linear = self._linear
-        return torch.cat([linear, self.translation.unsqueeze(-1).to(linear.dtype)], -1)
-
-    @property
-    def _linear(self) -> Tensor:
-        raise NotImplementedError
 
     @property
     def batch(self) -> torch.Size:
@@ -207,9 +198,10 @@ class Attention(_AffineFamily):
                 f"translation; got {tuple(scale.shape)}."
             )
 
-    @property
-    def _linear(self) -> Tensor:
-        return self._per_axis(self.scale).expand(self.translation.shape).diag_embed()
+    @once
+    def parameters(self) -> Tensor:  # type: ignore[override]
+        linear = self._per_axis(self.scale).expand(self.translation.shape).diag_embed()
+        return torch.cat([linear, self.translation.unsqueeze(-1).to(linear.dtype)], -1)
 
     def _per_axis(self, scale: Tensor) -> Tensor:
         return scale if scale.shape == self.translation.shape else scale.unsqueeze(-1)
@@ -252,10 +244,11 @@ class Similarity(_AffineFamily):
                     f"{tuple(self.translation.shape)} and {tuple(value.shape)}."
                 )
 
-    @property
-    def _linear(self) -> Tensor:
+    @once
+    def parameters(self) -> Tensor:
         cos, sin = self.scale * self.angle.cos(), self.scale * self.angle.sin()
-        return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+        x, y = self.translation.to(cos.dtype).unbind(-1)
+        return torch.stack([cos, -sin, x, sin, cos, y], -1).unflatten(-1, (2, 3))  # at once: each operator is a kernel
 
     def inverse(self) -> Similarity:
         """The similarity that undoes this one, in the same shapes and dtypes; infinite where the scale is 0."""
