@@ -71,7 +71,7 @@ def adjoint(
     if plan.scatter is not None:
         if need_input:
             scattered = _zeros(grad_input, torch.int64 if deterministic else compute)
-        if deterministic and need_input:
+        if plan.terms:
             if plan.measure is not None:  # slopes and tangents have no bound: they are looked at first
                 largest = parameters.new_zeros(plan.batch, dtype=compute)
                 plan.measure(scattered, largest, None, *read, auxiliary, None, fill)
@@ -117,7 +117,7 @@ class _Plan:
     measure: launch.Launch | None
     """The scatter once more, to look for the largest of what it will add in fixed point."""
     terms: int
-    """How many of those may meet in one pixel."""
+    """How many of those may meet in one pixel; 0 where there is no fixed point."""
     walk: launch.Launch | None
 
 
@@ -149,10 +149,10 @@ def _plan(
 
     size, input_size, channels = grad_output.shape[2:], image.shape[2:], image.shape[1]
     taps, dims = stages.INTERPOLATIONS[mode].taps, len(input_size)
-    kept = channels, launch.is_channels_last(image), image.dtype, taps
-    scatter_tile = tiling.scatter_tile(size, *kept, whole=dense and need_parameters, fixed=deterministic)
+    of_image = channels, launch.is_channels_last(image), image.dtype, taps
+    scatter_tile = tiling.scatter_tile(size, *of_image, whole=dense and need_parameters, fixed=deterministic)
     tiles, channel_programs = scatter_tile.grid(1, channels, size)
-    walk_tile = tiling.walk_tile(input_size, *kept, folds, tangent)
+    walk_tile = tiling.walk_tile(input_size, *of_image, folds, tangent)
     walk_grid = walk_tile.grid(batch, channels, input_size)
 
     compute = launch.compute_dtype(image.dtype)
@@ -207,7 +207,7 @@ def _plan(
     measure = None
     if fixed and tangent:
         measure = scatter(NEED_PARAMETERS=False, INPUT_TANGENT=False, FIXED=False, MEASURE=True)
-    terms = maps * math.prod(size) * taps**dims
+    terms = maps * math.prod(size) * taps**dims if fixed else 0
     if tangent:  # the largest is one sample's
         terms *= (supersample or 16) ** dims
     walk = None

@@ -33,8 +33,8 @@ def contiguous(shape, dtype):
 
 
 def remembered(function):
-    """A function of layouts and options, worked out once for each, as one of tensors, or None, and the same options.
-    The last few thousand results are kept, until `forget`.
+    """A function of layouts and options → one of tensors, or None, and options, which works each out once and keeps
+    the last few thousand, until `forget`.
     """
 
     @functools.lru_cache(2**12)
@@ -82,7 +82,7 @@ class Launch:
 
     @functools.cached_property
     def _compile_time(self):
-        """The constants that are arguments, in their order."""
+        """The constants that are arguments, in their order: a kernel's last, all of them."""
         return [self.constants[name] for name in self.kernel.arg_names if name in self.constants]
 
 

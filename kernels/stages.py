@@ -158,8 +158,8 @@ def is_chain(kind: str) -> bool:
 
 
 def chain(kind: str, auxiliary: Any, grad_auxiliary: Any, dims: int) -> Any:
-    """A kind's links as the kernels take them, and what they read, described in `chain`; empty for a map that
-    is no chain.
+    """A kind's links as the kernels take them, and what they read, described in `chain`, without the pointers of
+    fields, which `with_fields` adds; empty for a map that is no chain.
 
     A kind is its links' names, joined by "+", each with its sizes, x first: "affine+free_form[8,6]". The numbers of
     one map lie in this order.

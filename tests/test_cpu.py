@@ -617,3 +617,14 @@ def test_pixels_along_an_axis_of_one_have_no_unit(served):
     field = torch.rand(1, 1, 40, 2) * 3
     tri_stn.warp(torch.rand(1, 1, 1, 40), tri_stn.Displacement(field, unit="pixel"), align_corners=True)
     assert served == [False]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_output_of_a_long_row_may_be_edited(layout):
+    """It is wrapped into many rows and back, but no view."""
+    image = torch.rand(1, 2, 8, 8).contiguous(memory_format=layout).requires_grad_()
+    grid = torch.rand(1, 1, 2**10, 2) * 2 - 1
+    output = tri_stn.grid_sample(image, grid, align_corners=False)
+    torch.testing.assert_close(output, F.grid_sample(image, grid, align_corners=False))
+    output.relu_().sum().backward()
+    assert output.is_contiguous(memory_format=layout)

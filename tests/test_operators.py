@@ -112,9 +112,13 @@ def test_the_dispatcher_is_left_out_only_where_it_does_nothing():
         torch._efficientzerotensor(2),
         image.to_sparse(),
     ]
+    others.append(image.as_subclass(type("Subclass", (torch.Tensor,), {})))
     with FakeTensorMode() as mode:
         others.append(mode.from_tensor(image))
         assert not ops._is_direct(ordinary)
+    for listener in (torch.device("meta"), torch.profiler.profile()):
+        with listener:
+            assert not ops._is_direct(ordinary)
     assert not any(ops._is_direct((image, other)) for other in others)
     with Allocations():
         assert not ops._is_direct(ordinary)
@@ -122,6 +126,16 @@ def test_the_dispatcher_is_left_out_only_where_it_does_nothing():
     torch.vmap(lambda x: seen.append(ops._is_direct((image, x))) or x)(image)
     torch.jit.trace(lambda x: seen.append(ops._is_direct((x,))) or x + 1, image, check_trace=False)
     assert seen == [False, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "bicubic", "supersample": 2}], ids=str)
+def test_the_default_device_decides_nothing(options, monkeypatch):
+    """Tensors that the CPU path makes for itself are on the CPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    image, theta = torch.rand(2, 3, 8, 8), torch.eye(2, 3).repeat(2, 1, 1) + torch.rand(2, 2, 3) / 9
+    expected = tri_stn.warp(image, tri_stn.Affine(theta), **options)
+    with torch.device("meta"):
+        torch.testing.assert_close(tri_stn.warp(image, tri_stn.Affine(theta), **options), expected)
 
 
 def test_a_negated_view_is_read_negated(backend):

@@ -62,7 +62,10 @@ def warp(
     if _is_long_row(kind, size):
         rows = _ROWS, size[1] // _ROWS
         found = warp(input, _wrapped(parameters), rows, layout, kind, mode, padding_mode, align_corners)
-        return None if found is None else found.flatten(2).unsqueeze(2)
+        if found is not None:
+            row = found.flatten(2).unsqueeze(2)
+            found.as_strided_(row.shape, row.stride())  # itself: autograd lets nobody edit a view
+        return found
     maps = Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, padding_mode, align_corners)
     if maps is None:
         return None

@@ -121,7 +121,7 @@ def warp(
     if 0 in input.shape[2:]:
         raise ValueError(f"input must have at least one pixel; got spatial size {tuple(input.shape[2:])}.")
     fixed = transform.size
-    size = tuple(fixed or input.shape[2:]) if size is None else _check_size(size, dims)
+    size = _check_size((fixed or input.shape[2:]) if size is None else size, dims)
     _check_axes(input.dtype, input.shape[2:], size)
     if fixed is not None and tuple(fixed) != size:
         raise ValueError(
