@@ -315,29 +315,13 @@ class Maps:
         return max(1, CHUNK_BYTES // 4 // ((self._knots + 3) * self.size[1] * self.dtype.itemsize))
 
     def _terms(self, part: Part) -> Iterator[tuple[slice, Tensor]]:
-        """For some rows at a time: their pixels' places in the part, and (knots + 3, pixels) of r² log r², 1, x, y."""
-        width = self.size[1]
+        """For some rows at a time: their pixels' places in the part, and their terms; a small output's are kept."""
+        width, targets = self.size[1], tuple(self.parameters[0, : 2 * self._knots].tolist())
         for start in range(part.start, part.stop, self._block):
             stop = min(start + self._block, part.stop)
-            whole = start == 0 and stop == self.size[0]
-            terms = self._all_terms if whole else self._terms_of(start, stop)
-            yield slice((start - part.start) * width, (stop - part.start) * width), terms
-
-    @functools.cached_property
-    def _all_terms(self) -> Tensor:
-        return self._terms_of(0, self.size[0])
-
-    def _terms_of(self, start: int, stop: int) -> Tensor:
-        knots, (height, width) = self._knots, self.size
-        targets = self.parameters[0, : 2 * knots].view(knots, 2)
-        x, y = (_ramp(n, self.align_corners, self.dtype) for n in (width, height))
-        from_x = (x - targets[:, :1]).square_().unsqueeze(1)
-        from_y = (y - targets[:, 1:]).square_().unsqueeze(2)
-        terms = torch.empty(knots + 3, stop - start, width, dtype=self.dtype)
-        square = torch.add(from_x, from_y[:, start:stop])
-        torch.xlogy(square, square, out=terms[:knots])
-        terms[knots], terms[knots + 1], terms[knots + 2] = 1, x, y[start:stop, None]
-        return terms.flatten(1)
+            terms = _spline_terms if (start, stop) == (0, self.size[0]) else _spline_terms.__wrapped__
+            where = slice((start - part.start) * width, (stop - part.start) * width)
+            yield where, terms(targets, start, stop, self.size, self.align_corners, self.dtype)
 
     def _bent(self, numbers: Tensor, part: Part) -> Tensor:
         weights = numbers[:, 2 * self._knots :].unflatten(1, (-1, 2)).mT.flatten(0, 1)  # (maps * 2, knots + 3)
@@ -521,6 +505,22 @@ def _axes(input_size: tuple[int, ...], align_corners: bool, zeros: bool, dtype: 
     right = (x > 0) | zeros
     t = torch.where(right & (beyond < 0), t + step, torch.where(~right & (beyond > 0), t - step, t))
     return ((n - 1) / 2).to(dtype), n.to(dtype), unit.to(dtype), t - 1
+
+
+@functools.lru_cache(2)
+def _spline_terms(
+    targets: tuple[float, ...], start: int, stop: int, size: tuple[int, ...], align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """r² log r² of each target point (x, y), 1, x and y, for the pixels of some rows: (knots + 3, pixels)."""
+    points = torch.tensor(targets, dtype=dtype, device="cpu").view(-1, 2)
+    x, y = (_ramp(n, align_corners, dtype) for n in reversed(size))
+    from_x = (x - points[:, :1]).square_().unsqueeze(1)
+    from_y = (y - points[:, 1:]).square_().unsqueeze(2)
+    terms = torch.empty(len(points) + 3, stop - start, len(x), dtype=dtype, device="cpu")
+    square = torch.add(from_x, from_y[:, start:stop])
+    torch.xlogy(square, square, out=terms[:-3])
+    terms[-3], terms[-2], terms[-1] = 1, x, y[start:stop, None]
+    return terms.flatten(1)
 
 
 @functools.lru_cache(16)
