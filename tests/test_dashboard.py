@@ -252,6 +252,16 @@ def test_the_newest_file_of_a_gpu_is_the_one_without_a_name(tmp_path, capsys, mo
 # --- dashboard ----------------------------------------------------------------------------------------
 
 
+def test_gpus_come_first_and_then_what_was_measured_last(tmp_path):
+    rows = [row(IDENTITY, "both", "tri_stn", 1.0)]
+    devices = {"cpu old": "2001", "old": "2002", "cpu new": "2003", "cpu again": "2000", "new": "2004"}
+    files = [made_up(tmp_path / f"{d}.json", rows, d, date=f"{year}-01-01") for d, year in devices.items()]
+    files.append(made_up(tmp_path / "last.json", rows, "cpu again", date="2005-01-01"))
+    found = series.newest(map(records.read, files))
+    assert list(found) == ["new", "old", "cpu again", "cpu new", "cpu old"]
+    assert series.first_choice(found).device == "new"
+
+
 def shelf(folder):
     """Two commits of a made-up GPU, the second slower on one workload, and a CPU."""
     rois = next(w for w in WORKLOADS if w.name == "detection_rois")

@@ -31,7 +31,8 @@ def write(paths: Sequence[Path], out: Path, png: bool, wanted: dict[str, str | N
         if not fits:
             asked = ", ".join(f"{name} {value}" for name, value in wanted.items() if value)
             raise ResultsError(f"Nothing was measured of {asked}.")
-        choice = min(fits, key=lambda c: (c != choice, c.dtype != "float32", c.direction != "both", c))
+        device = choice and choice.device
+        choice = min(fits, key=lambda c: (c.device != device, c.dtype != "float32", c.direction != "both", c))
     names = [str(path) for path in paths]
     words = ["python", "-m", "bench", "dashboard", *names, "--out", "DIR", *(["--png"] if png else [])]
     for name, value in wanted.items():

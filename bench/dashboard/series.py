@@ -41,11 +41,9 @@ class Series:
 
 
 def newest(files: Iterable[Results]) -> dict[str, Results]:
-    """The latest file of each device; GPUs first."""
-    found: dict[str, Results] = {}
-    for file in sorted(files, key=lambda f: (f.gpu, f.datetime)):
-        found[file.device] = file
-    return dict(sorted(found.items(), key=lambda item: (not item[1].gpu, item[0])))
+    """The latest file of each device; GPUs first, then what was measured last."""
+    latest = {file.device: file for file in sorted(files, key=lambda f: f.datetime)}
+    return dict(sorted(latest.items(), key=lambda item: (item[1].gpu, item[1].datetime), reverse=True))
 
 
 def device_label(file: Results) -> str:
