@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 import tri_stn
 from tri_stn import ops
 
+from .measure import wall_times
 from .resources import Driver
 
 HEADERS = ("step", "launches", "forward, µs", "forward + backward, µs")
 Step = Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]
 """A forward pass, which returns its output and the tensors that want a gradient."""
-_ROUNDS, _CALLS = 9, 200
 _SHAPE = 8, 1, 28, 28
 
 
@@ -35,25 +35,23 @@ def nothing_runs(arch: str = "sm_90") -> Iterator[list]:
 
     started: list = []
     kernels = ops.kernels()
-    plain, backend, active = ops._is_plain, ops._backend, driver._active
-    run, init_handles = CompiledKernel.run, CompiledKernel._init_handles
 
     def start(kernel: Any) -> Callable[..., None]:
         # Before its own arguments: grid, stream, function, metadata of two kinds, two hooks.
         return lambda *given: started.append((kernel, given[:3], given[9:]))
 
-    try:
-        ops._is_plain = lambda *_: False  # type: ignore[assignment]
-        ops._backend = lambda *_: kernels  # type: ignore[assignment]
-        driver.set_active(Driver(arch))
-        CompiledKernel.run, CompiledKernel._init_handles = property(start), lambda _: None
+    with (
+        mock.patch.object(ops, "_is_plain", lambda *_: False),
+        mock.patch.object(ops, "_backend", lambda *_: kernels),
+        mock.patch.object(driver, "_active", Driver(arch)),
+        mock.patch.object(CompiledKernel, "run", property(start)),
+        mock.patch.object(CompiledKernel, "_init_handles", lambda _: None),
+    ):
         kernels.launch.forget()
-        yield started
-    finally:
-        kernels.launch.forget()
-        CompiledKernel.run, CompiledKernel._init_handles = run, init_handles
-        driver._active = active
-        ops._is_plain, ops._backend = plain, backend
+        try:
+            yield started
+        finally:
+            kernels.launch.forget()
 
 
 def steps() -> dict[str, Step]:
@@ -101,16 +99,11 @@ def both(forward: Step) -> None:
 
 
 def _times(forward: Step, started: list) -> tuple[str, str]:
-    return f"{_time(forward, started):.0f}", f"{_time(lambda: both(forward), started):.0f}"
-
-
-def _time(call: Callable[[], object], started: list) -> float:
-    """Microseconds."""
-    times = []
-    for _ in range(_ROUNDS + 1):
-        before = time.perf_counter()
-        for _ in range(_CALLS):
+    def microseconds(call: Callable[[], object]) -> str:
+        def call_and_let_go() -> None:
             call()
-        times.append((time.perf_counter() - before) / _CALLS * 1e6)
-        started.clear()
-    return statistics.median(times[1:])
+            started.clear()  # it holds tensors
+
+        return f"{1e6 * statistics.median(wall_times(call_and_let_go, torch.device('cpu'), calls=200)):.0f}"
+
+    return microseconds(forward), microseconds(lambda: both(forward))

@@ -134,8 +134,7 @@ def warp(
     samples = _check_samples(transform, antialias, supersample)
     if samples != 1:
         _check_axes(input.dtype, tuple(n * (samples or MOST_SAMPLES) for n in size))
-    if project is not None:
-        _check_projection(input, transform, size, project, samples, fills, return_mask)
+    _check_projection(input, transform, size, project, samples, fills, return_mask)
     if input.is_complex():
         options: Any = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
         options |= {"antialias": antialias, "supersample": supersample, "project": project}
@@ -391,9 +390,11 @@ def _check_samples(transform: Transform, antialias: bool, supersample: int) -> i
 
 
 def _check_projection(
-    input: Tensor, transform: Transform, size: Sequence[int], project: str, samples: int,
+    input: Tensor, transform: Transform, size: Sequence[int], project: str | None, samples: int,
     fill: Tensor | None, return_mask: bool,
 ) -> None:  # fmt: skip
+    if project is None:
+        return
     _check_choice("project", project, PROJECTIONS)
     if transform.dims != 3 or transform.kind not in ("affine", "projective"):
         raise ValueError(
