@@ -393,8 +393,10 @@ def _dashboard(arguments: argparse.Namespace) -> int:
 
 
 def _cell(value: object) -> object:
-    """Load widths as bits × count."""
-    return " ".join(f"{bits}×{count}" for bits, count in value.items()) if isinstance(value, dict) else value
+    """Load widths as bits × count, instructions as those of each level of loops."""
+    if isinstance(value, dict):
+        return " ".join(f"{bits}×{count}" for bits, count in value.items())
+    return "+".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _refuse(sentence: str) -> int:

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,9 @@ class Resources:
     """Bits per thread of each global load → how many such instructions."""
     atomics: int
     cas_loops: int
+    instructions: list[int]
+    """Machine instructions at each level of loops: outside of any, in the outermost ones without those further in,
+    and so on, as if every branch that skips some were not taken. Loops beside each other are added."""
 
 
 _SIZES = {1: (256,), 2: (48, 64), 3: (6, 8, 16)}
@@ -140,6 +143,10 @@ def all_cases() -> list[tuple[Case, str]]:
     for shape in ({"channels": 3}, {"channels": 3, **wide}, {"size": (1, 9)}, {"align_corners": True}, {"far": True}):
         once += cases("affine", linear, folding, **shape)
     once += cases("affine", linear, folding, size=(256,))
+    for dtype, channels in itertools.product(("float32", "bfloat16"), (1, 3)):
+        few = cases("affine", linear, ("zeros",), dtype=dtype, channels=channels)
+        once += [case for case in few if case.kernel in ("gather", "walk") and case.need_parameters]
+    once.append(Case("scatter", "bilinear", "zeros", kind="displacement", channels=3))
     for size in _SMALL_SIZES:
         once += cases("affine", linear, folding, size=size)
     once += cases("grid", linear, ("zeros",), size=(14, 14)) + cases("grid", linear, ("zeros",), size=(1, 512), **wide)
@@ -351,7 +358,7 @@ def _nvidia_code(compiled) -> dict:
         ).stdout
         sass = subprocess.run([_nvidia_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
     counts = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass.stdout, re.MULTILINE)
+    opcodes = [opcode for _, _, opcode, _ in _SASS.findall(sass.stdout) if opcode]
     widths = Counter(_nvidia_width(op) for op in opcodes if op.startswith("LDG."))
     atomics = [op for op in opcodes if re.match(r"(REDG?|ATOMG?)\b", op)]
     return {
@@ -361,7 +368,48 @@ def _nvidia_code(compiled) -> dict:
         "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
         "atomics": len(atomics),
         "cas_loops": sum(".CAS" in op for op in atomics),
+        "instructions": nvidia_instructions(sass.stdout),
     }
+
+
+_SASS = re.compile(r"^(\.L\w+):|^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", re.MULTILINE)
+"""A label, or an instruction's predicate, opcode and operands."""
+
+
+def nvidia_instructions(sass: str) -> list[int]:
+    """How many instructions lie at each level of loops, in what nvdisasm prints.
+
+    A loop is everything from a label to the last branch back to it. That assumes what ptxas does: it keeps a loop
+    in one piece, and puts what is rarely needed (a slow path, the 64-bit division that is called) behind an EXIT or
+    a return that always happens. A branch from there back into the main code closes no loop, and such a block counts
+    as outside of loops, wherever it is entered from.
+    """
+    labels: dict[str, int] = {}
+    code: list[tuple[str, str, str]] = []
+    for label, predicate, opcode, operands in _SASS.findall(sass):
+        if label:
+            labels[label] = len(code)
+        elif opcode != "NOP":
+            code.append((predicate, opcode, operands))
+    ends: dict[int, int] = {}  # of each loop's first instruction, its last
+    padding, start = set(), 0  # where the code begins that no EXIT or return cuts off
+    for i, (predicate, opcode, operands) in enumerate(code):
+        target = re.search(r"`\((\.L\w+)\)", operands)
+        if target and opcode.startswith("BRA"):
+            head = labels[target.group(1)]
+            if head == i:
+                padding.add(i)  # a branch to itself, behind the end
+            elif start <= head < i:
+                ends[head] = i
+        elif opcode.startswith(("EXIT", "RET")) and not predicate:
+            start = i + 1
+    loops = ends.items()
+    return _by_level(sum(head <= i <= end for head, end in loops) for i in range(len(code)) if i not in padding)
+
+
+def _by_level(levels: Iterable[int]) -> list[int]:
+    counts = Counter(levels)
+    return [counts[level] for level in range(max(counts) + 1)]
 
 
 def _nvidia_width(opcode: str) -> str:
@@ -389,7 +437,21 @@ def _amd_code(compiled) -> dict:
         "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
         "atomics": len(atomics),
         "cas_loops": sum("cmpswap" in op for op in atomics),
+        "instructions": amd_instructions(code),
     }
+
+
+def amd_instructions(code: str) -> list[int]:
+    """How many instructions lie at each level of loops. LLVM notes beside every block how deep it lies."""
+    levels, level = [], 0
+    for line in code.partition(".Lfunc_end0:")[0].splitlines():
+        if re.match(r"\.LBB\w+:|; %bb\.\d+:", line):
+            level = 0
+        if found := re.search(r"(?:Loop Header:|in Loop: Header=\w+) Depth=(\d+)", line):
+            level = int(found.group(1))
+        if re.match(r"\s+(?!s_nop\b)[a-z]\w+", line):
+            levels.append(level)
+    return _by_level(levels)
 
 
 def to_json(rows: list[Resources]) -> str:

@@ -8,11 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
-from bench.resources import ARCHITECTURES, all_cases
+from bench.resources import ARCHITECTURES, all_cases, amd_instructions, nvidia_instructions
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,3 +100,104 @@ def test_register_budget(rows, kernel, stages, most):
         budgeted = [r for r in budgeted if (word in r["stages"]) == (word in stages)]
     assert budgeted
     assert offenders(budgeted, lambda row: row["registers"] > most) == []
+
+
+INSTRUCTIONS = {
+    "gather affine 2-D bilinear zeros float32 contiguous C=1": "351",
+    "gather affine 2-D bilinear zeros float32 contiguous C=3": "363+144",
+    "gather affine 2-D bilinear zeros float32 contiguous": "363+144",
+    "gather affine 2-D bilinear zeros float32 channels_last": "420+111",
+    "gather affine 2-D bilinear zeros bfloat16 contiguous C=1": "357",
+    "gather affine 2-D bilinear zeros bfloat16 contiguous C=3": "363+169",
+    "gather affine 2-D bilinear zeros bfloat16 contiguous": "363+169",
+    "gather affine 2-D bilinear zeros bfloat16 channels_last": "338+125",
+    "walk affine 2-D bilinear zeros float32 contiguous +theta C=1": "368+289+102+82+59",
+    "walk affine 2-D bilinear zeros float32 contiguous +theta C=3": "392+292+190+90+84",
+    "walk affine 2-D bilinear zeros float32 contiguous +theta": "416+319+312+114+114",
+    "walk affine 2-D bilinear zeros float32 channels_last +theta": "413+322+241+211+180",
+    "walk affine 2-D bilinear zeros bfloat16 contiguous +theta C=1": "368+289+103+82+60",
+    "walk affine 2-D bilinear zeros bfloat16 contiguous +theta C=3": "395+292+195+90+88",
+    "walk affine 2-D bilinear zeros bfloat16 contiguous +theta": "423+319+324+114+124",
+    "walk affine 2-D bilinear zeros bfloat16 channels_last +theta": "377+296+252+131+125",
+    "scatter displacement 2-D bilinear zeros float32 contiguous +theta C=3": "489+392",
+}
+"""On sm_90, as `python -m bench resources` prints them: outside of loops, then at each level of them."""
+
+
+@pytest.mark.skipif(not version("triton").startswith("3.9."), reason="the counts are those of Triton 3.9")
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_instruction_budget(rows, name):
+    """Where memory does not, instructions bound the speed: no level of loops may grow by more than 3 %."""
+    (row,) = [r for r in rows if f"{r['kernel']} {r['stages']}" == name and r["arch"] == "sm_90"]
+    budget = map(int, INSTRUCTIONS[name].split("+"))
+    levels = zip_longest(row["instructions"], budget, fillvalue=0)
+    assert [(count, most) for count, most in levels if count > 1.03 * most] == [], row["instructions"]
+
+
+NESTED = """
+.text.kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @!P0 EXIT ;
+.L_x_0:
+        /*0020*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0030*/               @P1 BRA `(.L_x_4) ;
+.L_x_1:
+        /*0040*/                   BSSY B0, `(.L_x_2) ;
+        /*0050*/              @!P2 BRA `(.L_x_2) ;
+        /*0060*/               @P1 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0070*/                   BSYNC B0 ;
+        /*0080*/                   FADD R1, R1, R0 ;
+        /*0090*/               @P3 LDG.E R2, desc[UR4][R2.64] ;
+.L_x_3:
+        /*00a0*/                   FFMA R1, R1, R2, R1 ;
+        /*00b0*/               @P3 BRA `(.L_x_3) ;
+        /*00c0*/                   BRA.U UP0, `(.L_x_0) ;
+.L_x_5:
+        /*00d0*/                   NOP ;
+        /*00e0*/                   STG.E desc[UR4][R2.64], R1 ;
+        /*00f0*/               @P0 BRA `(.L_x_5) ;
+        /*0100*/                   EXIT ;
+.L_x_4:
+        /*0110*/                   MUFU.RCP R1, R1 ;
+        /*0120*/                   BRA `(.L_x_1) ;
+.L_x_6:
+        /*0130*/                   BRA `(.L_x_6);
+        /*0140*/                   NOP;
+.L_x_7:
+"""
+
+
+def test_instructions_are_counted_by_level():
+    """An inner loop, a loop beside the outer one, a block behind the end that returns into it, and padding."""
+    assert nvidia_instructions(NESTED) == [2 + 1 + 2, 9 + 2, 2]
+
+
+def test_instructions_are_counted_by_level_on_amd():
+    """A level is LLVM's own: what counts up may lie before its loop's first block, and belongs to it."""
+    code = """
+kernel:
+.Lfunc_begin0:
+; %bb.0:
+	s_load_dword s0, s[2:3], 0x0
+	s_branch .LBB0_2
+.LBB0_1:                                ;   in Loop: Header=BB0_2 Depth=1
+	s_add_i32 s1, s1, 1
+	s_nop 0
+	s_cbranch_scc0 .LBB0_4
+.LBB0_2:                                ; =>This Loop Header: Depth=1
+                                        ;     Child Loop BB0_3 Depth 2
+	.loc	1 90 5                          ; walk.py:90:5
+	v_mov_b32_e32 v0, 0
+.LBB0_3:                                ;   Parent Loop BB0_2 Depth=1
+                                        ; =>  This Inner Loop Header: Depth=2
+	v_add_u32_e32 v0, 1, v0
+	s_cbranch_scc1 .LBB0_3
+; %bb.5:                                ;   in Loop: Header=BB0_2 Depth=1
+	s_branch .LBB0_1
+.LBB0_4:
+	s_endpgm
+.Lfunc_end0:
+	s_code_end
+"""
+    assert amd_instructions(code) == [3, 4, 2]
