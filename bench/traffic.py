@@ -176,8 +176,21 @@ def _scatter(w: Workload, tile: Tile, theta: np.ndarray, programs: int, seed: in
         rows.append(_traffic("scatter", tile, "input", image, *taps, work, touched))
     if "input" in w.gradients:
         sums = replace(image, itemsize=max(4, image.itemsize))
-        rows.append(_traffic("scatter", tile, "grad_input", sums, *taps, work, touched))
+        added = taps if tile.block_c > 1 or not 1 < tile.block[0] <= 32 else (taps[0], _shared(*taps, tile))
+        rows.append(_traffic("scatter", tile, "grad_input", sums, *added, work, touched))
     return rows
+
+
+def _shared(pixels: Ints, inside: Ints, tile: Tile) -> Ints:
+    """Which corners are left to add where each lane adds the right ones of the lane before it, if they are its left."""
+    left, right = slice(0, None, 2), slice(1, None, 2)
+    column = np.arange(pixels.shape[-1]) % tile.block[0]
+    same = (np.roll(pixels[:, right], 1, -1) == pixels[:, left]).all(1, keepdims=True) & (column > 0)
+    before = same & np.roll(inside[:, right], 1, -1)
+    adds = inside.copy()
+    adds[:, left] |= before
+    adds[:, right] &= ~np.roll(same, -1, -1)
+    return adds
 
 
 def _from_the_output(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from . import fixed_point, launch, stages, tiling
+from .division import divisor
 from .scatter import scatter_kernel
 from .walk import walk_kernel
 
@@ -152,9 +153,12 @@ def _plan(
     of_image = channels, launch.is_channels_last(image), image.dtype, taps
     scatter_tile = tiling.scatter_tile(size, *of_image, whole=dense and need_parameters, fixed=deterministic)
     tiles, channel_programs = scatter_tile.grid(1, channels, size)
-    walk_tile = tiling.walk_tile(input_size, *of_image, folds, tangent)
+    walk_tile = tiling.walk_tile(input_size, *of_image, folds, tangent, maps > 1)
+    if maps == 1:
+        walk_tile = walk_tile.for_images(batch, channels, input_size)
     walk_grid = walk_tile.grid(batch, channels, input_size)
 
+    (grad_batch,) = launch.batches(batch * maps, grad_output)
     compute = launch.compute_dtype(image.dtype)
     chained, programs = stages.is_chain(kind), tiles
     scatter_slots = tiles * channel_programs if scatters else 0
@@ -162,6 +166,7 @@ def _plan(
         scatter_slots = tiling.shared_slots(scatter_slots, batch * maps * launch.count(parameters))
     elif need_parameters and not dense:
         programs = tiling.programs(tiles, batch * maps * channel_programs * launch.count(parameters))
+        programs = min(programs, scatter_tile.for_images(batch * maps, channels, size).programs(size))
         scatter_slots = programs * channel_programs if scatters else 0
     scatter_grid = batch * maps * programs, channel_programs
     walk_slots = walk_grid[0] // batch * walk_grid[1] if walks else 0
@@ -173,12 +178,12 @@ def _plan(
     sizes = (
         launch.size(grad_output),
         launch.size(image),
-        channels,
-        maps,
-        *launch.batches(grad_output, *images, *motions),
+        launch.units(input_size, size, align_corners, image.dtype),
     )
+    counts = channels, maps, grad_batch, *launch.batches(batch, *images, *motions)
     strides = launch.strides(grad_output), *map(launch.strides, images), *map(launch.parameter_strides, motions)
-    # A walk's partial sums have a slot for each tile of the input, and may be far apart where no image is.
+    # A walk's partial sums have a slot for each program, of some tiles of the input, and may be far apart where no
+    # image is.
     reached = image, *images, grad_output, *launch.present(partials)
     constants = launch.constants(*reached, parameters=launch.present(*motions, auxiliary))
     far = launch.is_far(constants)
@@ -193,7 +198,8 @@ def _plan(
             scatter_grid,
             (
                 *stages.chain(kind, auxiliary, grad_auxiliary, dims),
-                *sizes, launch.strides(image), gradients_strides, slot, max(1, scatter_slots), *strides,
+                *sizes, (divisor(programs), divisor(maps), *scatter_tile.divisors(size)), *counts,
+                launch.strides(image), gradients_strides, slot, scatter_slots if chained else programs, *strides,
             ),
             stages.scatter(kind, mode, padding_mode)
             | constants
@@ -212,12 +218,16 @@ def _plan(
         terms *= (supersample or 16) ** dims
     walk = None
     if walks:
+        several = {"TILES": walk_tile.tiles, "ONE_MAP": maps == 1}
         walk = launch.Launch(
             walk_kernel,
             walk_grid,
-            (*sizes, launch.strides(image), *slot_strides, *strides),
-            stages.walk(kind, mode, padding_mode) | constants | flags | walk_tile.constants(far),
-        )
+            (
+                *sizes, (divisor(walk_tile.programs(input_size)), *walk_tile.divisors(input_size)), *counts,
+                launch.strides(image), *slot_strides, *strides,
+            ),
+            stages.walk(kind, mode, padding_mode) | constants | flags | walk_tile.constants(far) | several,
+        )  # fmt: skip
     return _Plan(
         compute, batch, None if partials is None else partials.shape, scatter_slots, chained,
         scatter(FIXED=fixed, MEASURE=False) if scatters else None, measure, terms, walk,

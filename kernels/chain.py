@@ -19,7 +19,7 @@ from .coordinates import centred, middle, pixels_per_unit
 
 @triton.jit
 def chain_load(
-    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """Each lane's source pixel; with TANGENT, of one link that is linear in its numbers, their part of it."""
@@ -35,7 +35,7 @@ def chain_load(
 
 @triton.jit
 def chain_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share, added to its slot; a field's gradient, to where it belongs."""

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import tuples
+from .division import quotient
 
 
 @triton.jit
@@ -28,19 +29,23 @@ def pixels_per_unit(size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def tile_index(tile, lane, size, BLOCK: tl.constexpr):
-    """Pixel indices, x first, of one lane or a block of lanes in a tile, and whether they exist.
+def tile_index(tile, lane, size, divisors, BLOCK: tl.constexpr):
+    """Pixel indices, x first, of one lane or a block of lanes in a tile, and whether they exist; the divisors are the
+    counts of tiles along the axes.
 
     Lanes run along x, then y, then z: a warp of 32 lanes over a block 8 wide covers an 8 × 4 patch.
     """
     index = ()
     mask = lane >= 0
     for axis in tl.static_range(len(BLOCK)):
-        tiles = tl.cdiv(size[axis], BLOCK[axis])
-        along = (tile % tiles) * BLOCK[axis] + lane % BLOCK[axis]
+        left = 0
+        if axis < len(BLOCK) - 1:
+            left = quotient(tile, divisors[axis])
+            tile -= left * _tiles_along(size[axis], BLOCK[axis])
+        along = tile * BLOCK[axis] + lane % BLOCK[axis]
         mask = mask & (along < size[axis])
         index = index + (along,)
-        tile = tile // tiles
+        tile = left
         lane = lane // BLOCK[axis]
     return index, mask
 
@@ -48,10 +53,16 @@ def tile_index(tile, lane, size, BLOCK: tl.constexpr):
 @triton.jit
 def tile_count(size, BLOCK: tl.constexpr):
     """How many tiles cover an image."""
-    count = tl.cdiv(size[0], BLOCK[0])
+    count = _tiles_along(size[0], BLOCK[0])
     for axis in tl.static_range(1, len(BLOCK)):
-        count *= tl.cdiv(size[axis], BLOCK[axis])
+        count *= _tiles_along(size[axis], BLOCK[axis])
     return count
+
+
+@triton.jit
+def _tiles_along(size, block: tl.constexpr):
+    # Without a sign, the quotient is a shift.
+    return ((tl.cast(size, tl.uint32) + (block - 1)) // block).to(tl.int32)
 
 
 @triton.jit
@@ -83,8 +94,11 @@ def offset(index, strides, INDEX: tl.constexpr):
 
 @triton.jit
 def image_start(ptr, n, batch, strides):
-    """Where image n begins. A tensor of a smaller batch serves a larger one over and over: vmap's."""
-    return ptr + (n % batch) * strides[0]
+    """Where image n begins. A tensor of a smaller batch, not None, serves a larger one over and over: vmap's."""
+    if batch is None:
+        return ptr + n * strides[0]
+    else:
+        return ptr + (n % batch) * strides[0]
 
 
 @triton.jit
@@ -94,9 +108,44 @@ def block_offset(pixel, c, strides, INDEX: tl.constexpr):
 
 
 @triton.jit
+def block_mask(mask, c, channels, WHOLE: tl.constexpr):
+    """Pixels that are wanted → those of them whose channels exist, which all do if the blocks are whole."""
+    if WHOLE:
+        return mask[:, None]
+    else:
+        return mask[:, None] & (c < channels)[None, :]
+
+
+@triton.jit
+def exactly(index):
+    """A place as `corner_pointers` takes it: the index itself, and nothing beyond."""
+    beyond = ()
+    for _ in tl.static_range(len(index)):
+        beyond = beyond + (0,)
+    return index, beyond
+
+
+@triton.jit
+def corner_pointers(ptr, corner, c, strides, INDEX: tl.constexpr):
+    """Where a sample's corner lies in an image: an index, and so many pixels beyond it."""
+    index, beyond = corner
+    # In 64 bits and added last it stays apart: corners of one index share an address but for this.
+    further = tl.cast(0, tl.int64)
+    for axis in tl.static_range(len(beyond)):
+        further += beyond[axis] * strides[2 + axis]
+    return ptr + block_offset(index, c, strides, INDEX) + further
+
+
+@triton.jit
 def load_block(ptr, pixel, c, strides, mask, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
     """A [pixels, channels] block of an image, 0 where masked."""
     return tl.load(ptr + block_offset(pixel, c, strides, INDEX), mask=mask, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def load_corner(ptr, corner, c, strides, mask, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
+    """The same of a sample's corner."""
+    return tl.load(corner_pointers(ptr, corner, c, strides, INDEX), mask=mask, other=0.0).to(COMPUTE)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ With SUPERSAMPLE other than 1, an output pixel is the average of that many sampl
 many as the map shrinks). With PROJECT, it is the sum or the average of the samples of a volume along its
 depth, or the index of the largest, and a program loops over the depth.
 
-One program owns a tile of output pixels of one map and walks over channels: coordinates, weights
+One program owns a tile of output pixels of one map, or TILES of them, and walks over channels: coordinates, weights
 and offsets are computed once. No coordinate is ever stored.
 """
 
@@ -24,33 +24,36 @@ import triton.language as tl
 
 from . import launch, stages, tiling, tuples
 from .coordinates import (
+    block_mask,
     block_offset,
     centred,
     image_start,
     lanes,
-    load_block,
+    load_corner,
     load_fill,
     offset,
     tile_count,
     tile_index,
 )
+from .division import divisor, quotient
 from .interpolation import corner, coverage, loops, product, product_jvp, taps_along
-from .sampling import look, power, sample_place, samples_per_axis, uncentred, with_fields
+from .sampling import load_once, look, power, sample_place, samples_per_axis, uncentred, with_fields
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def gather_kernel(
     output_ptr, input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, field_ptr, fill_ptr, coverage_ptr,
-    links, chain, output_size, input_size, channels, maps,
+    links, chain, output_size, input_size, units, divisors, channels, maps,
     input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     output_strides, input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
     coverage_strides,
-    LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, SHRINK: tl.constexpr,
+    LOAD: tl.constexpr, ONCE: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, SHRINK: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr, SUPERSAMPLE: tl.constexpr, PROJECT: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
+    WHOLE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     DIMS: tl.constexpr = len(input_size)
     AXES: tl.constexpr = DIMS - loops(DIMS, TAPS)  # whose taps are all at hand
@@ -60,125 +63,131 @@ def gather_kernel(
     COVERS: tl.constexpr = fill_ptr is not None or coverage_ptr is not None
     SINGLE: tl.constexpr = SUPERSAMPLE == 1 and not PROJECTS  # one sample makes a pixel
     chain = with_fields(chain, field_ptr, None)
-    tiles = tile_count(output_size, BLOCK)
-    m = (tl.program_id(0) // tiles).to(tl.int64)
-    n = m // maps
-    p, mask = tile_index(tl.program_id(0) % tiles, tl.arange(0, lanes(BLOCK)), output_size, BLOCK)
-
-    if SINGLE:
-        x, t, taps, covered = _aim(
-            parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, centred(p, output_size, COMPUTE), mask,
-            output_size, input_size,
-            parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
-            LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS,
-            TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
-        )  # fmt: skip
-
+    m = quotient(tl.program_id(0), divisors[0])
+    n = quotient(m, divisors[1])
+    k = m - n * maps
+    first_tile = (tl.program_id(0) - m * tl.cdiv(tile_count(output_size, BLOCK), TILES)) * TILES
+    m, n = m.to(tl.int64), n.to(tl.int64)
     input_ptr = image_start(input_ptr, n, input_batch, input_strides)
     input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
     output_ptr += m * output_strides[0]
+    held = load_once(
+        parameters_ptr, n, k, output_size, input_size, units, parameters_batch, parameters_strides,
+        LOAD, ONCE, ALIGN_CORNERS, COMPUTE, INDEX,
+    )  # fmt: skip
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
-    for first in range(start, tl.minimum(start + CHANNELS_PER_PROGRAM, channels), UNROLL * BLOCK_C):
-        outputs = tuples.zeros(UNROLL, (lanes(BLOCK), BLOCK_C), COMPUTE)
-        largest = outputs
-        indices = outputs
-        inside_share = tl.zeros((lanes(BLOCK),), COMPUTE)
-        outside = inside_share
-        for z in range(output_size[DIMS - 1] if PROJECTS else 1):
-            place = p
-            if PROJECTS:
-                place = p + (p[0] * 0 + z,)
-            if PROJECT == "argmax":
-                outputs = tuples.zeros(UNROLL, (lanes(BLOCK), BLOCK_C), COMPUTE)
-            per_axis = SUPERSAMPLE
-            if SUPERSAMPLE == 0:
-                per_axis = samples_per_axis(
-                    parameters_ptr, links, chain, m, maps, place, mask, output_size, input_size,
-                    parameters_batch, parameters_strides, LOAD, TRANSFORM, SHRINK, ALIGN_CORNERS, COMPUTE, INDEX,
-                )  # fmt: skip
-            count = power(per_axis, DIMS) if SUPERSAMPLE == 0 else SUPERSAMPLE**DIMS
-            share = 1.0 / tl.cast(count, COMPUTE)
-            for sample in range(tl.max(count) if VARIES else count):
-                if not SINGLE:
-                    u = sample_place(place, sample, per_axis, output_size, COMPUTE)
-                    x, t, taps, covered = _aim(
-                        parameters_ptr, parameters_tangent_ptr, links, chain, m, maps,
-                        uncentred(u, output_size, COMPUTE), u, mask, output_size, input_size,
-                        parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
-                        LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE,
-                        TAPS, TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
+    for turn in range(TILES):
+        p, mask = tile_index(first_tile + turn, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)
+
+        if SINGLE:
+            x, t, taps, covered = _aim(
+                parameters_ptr, parameters_tangent_ptr, links, chain, n, k, held,
+                p, centred(p, output_size, COMPUTE), mask, output_size, input_size, units,
+                parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+                LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS,
+                TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
+            )  # fmt: skip
+
+        for first in range(start, tl.minimum(start + CHANNELS_PER_PROGRAM, channels), UNROLL * BLOCK_C):
+            outputs = tuples.zeros(UNROLL, (lanes(BLOCK), BLOCK_C), COMPUTE)
+            largest = outputs
+            indices = outputs
+            inside_share = tl.zeros((lanes(BLOCK),), COMPUTE)
+            outside = inside_share
+            for z in range(output_size[DIMS - 1] if PROJECTS else 1):
+                place = p
+                if PROJECTS:
+                    place = p + (p[0] * 0 + z,)
+                if PROJECT == "argmax":
+                    outputs = tuples.zeros(UNROLL, (lanes(BLOCK), BLOCK_C), COMPUTE)
+                per_axis = SUPERSAMPLE
+                if SUPERSAMPLE == 0:
+                    per_axis = samples_per_axis(
+                        parameters_ptr, links, chain, n, k, place, mask, output_size, input_size, units,
+                        parameters_batch, parameters_strides, LOAD, TRANSFORM, SHRINK, ALIGN_CORNERS, COMPUTE, INDEX,
                     )  # fmt: skip
-                wanted = mask & (sample < count) if VARIES else mask
-                if COVERS:
-                    left = -covered if TANGENT else 1.0 - covered
-                    if SUPERSAMPLE != 1:
-                        covered *= share
-                        left *= share
-                    inside_share += tl.where(wanted, covered, 0.0)
-                    outside += tl.where(wanted, left, 0.0)
-                totals = ()
-                for block in tl.static_range(UNROLL):
-                    c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
-                    in_channels = (c < channels)[None, :]
-                    output = outputs[block]
-                    for plane in range(1 if DIMS == AXES else TAPS):
-                        last_taps = taps_along(
-                            x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
-                            WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, INDEX, ORDER,
+                count = power(per_axis, DIMS) if SUPERSAMPLE == 0 else SUPERSAMPLE**DIMS
+                share = 1.0 / tl.cast(count, COMPUTE)
+                for sample in range(tl.max(count) if VARIES else count):
+                    if not SINGLE:
+                        u = sample_place(place, sample, per_axis, output_size, COMPUTE)
+                        x, t, taps, covered = _aim(
+                            parameters_ptr, parameters_tangent_ptr, links, chain, n, k, held,
+                            uncentred(u, output_size, COMPUTE), u, mask, output_size, input_size, units,
+                            parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+                            LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE,
+                            TAPS, TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
                         )  # fmt: skip
-                        for corner_id in tl.static_range(TAPS**AXES):
-                            weights, slopes, _, pixel, inside, _ = corner(taps + last_taps, corner_id, TAPS, ORDER)
-                            readable = (inside & wanted)[:, None] & in_channels
-                            weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
-                            if SUPERSAMPLE != 1:
-                                weight *= share
-                            value = load_block(input_ptr, pixel, c, input_strides, readable, INDEX, COMPUTE)
-                            output += weight[:, None] * value
-                            if INPUT_TANGENT:
-                                weight = product(weights)
+                    wanted = mask & (sample < count) if VARIES else mask
+                    if COVERS:
+                        left = -covered if TANGENT else 1.0 - covered
+                        if SUPERSAMPLE != 1:
+                            covered *= share
+                            left *= share
+                        inside_share += tl.where(wanted, covered, 0.0)
+                        outside += tl.where(wanted, left, 0.0)
+                    totals = ()
+                    for block in tl.static_range(UNROLL):
+                        c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+                        output = outputs[block]
+                        for plane in range(1 if DIMS == AXES else TAPS):
+                            last_taps = taps_along(
+                                x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
+                                WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, ORDER,
+                            )  # fmt: skip
+                            for corner_id in tl.static_range(TAPS**AXES):
+                                weights, slopes, _, where, inside, _ = corner(taps + last_taps, corner_id, TAPS, ORDER)
+                                readable = block_mask(inside & wanted, c, channels, WHOLE)
+                                weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
                                 if SUPERSAMPLE != 1:
                                     weight *= share
-                                output += weight[:, None] * load_block(
-                                    input_tangent_ptr, pixel, c, input_tangent_strides, readable, INDEX, COMPUTE
-                                )
-                    if SINGLE:  # stored at once: held back, it would cost the registers of all blocks
-                        _store(
-                            output_ptr, output, p, mask, c, channels, output_strides, fill_ptr, outside, 1.0,
-                            COMPUTE, INDEX,
-                        )  # fmt: skip
-                    else:
-                        totals = totals + (output,)
-                if not SINGLE:
-                    outputs = totals
+                                value = load_corner(input_ptr, where, c, input_strides, readable, INDEX, COMPUTE)
+                                output += weight[:, None] * value
+                                if INPUT_TANGENT:
+                                    weight = product(weights)
+                                    if SUPERSAMPLE != 1:
+                                        weight *= share
+                                    output += weight[:, None] * load_corner(
+                                        input_tangent_ptr, where, c, input_tangent_strides, readable, INDEX, COMPUTE
+                                    )
+                        if SINGLE:  # stored at once: held back, it would cost the registers of all blocks
+                            _store(
+                                output_ptr, output, p, mask, c, channels, output_strides, fill_ptr, outside, 1.0,
+                                COMPUTE, INDEX, WHOLE,
+                            )  # fmt: skip
+                        else:
+                            totals = totals + (output,)
+                    if not SINGLE:
+                        outputs = totals
+                if PROJECT == "argmax":
+                    larger, where = (), ()
+                    for block in tl.static_range(UNROLL):
+                        better = (outputs[block] > largest[block]) | (z == 0)
+                        larger = larger + (tl.where(better, outputs[block], largest[block]),)
+                        where = where + (tl.where(better, z, indices[block]),)
+                    largest, indices = larger, where
             if PROJECT == "argmax":
-                larger, where = (), ()
+                outputs = indices
+            if coverage_ptr is not None:
+                at = coverage_ptr + m * coverage_strides[0] + offset(p, coverage_strides[2:], INDEX)
+                # Whatever the shares add up to, a pixel that lacks nothing is whole.
+                inside_share = tl.where(outside == 0, 1.0, inside_share)
+                if (tl.program_id(1) == 0) & (first == 0):  # the others hold more channels of the same pixels
+                    tl.store(at, inside_share.to(coverage_ptr.dtype.element_ty), mask=mask)
+            if not SINGLE:
+                layers = tl.cast(output_size[DIMS - 1], COMPUTE) if PROJECT == "mean" else 1.0
                 for block in tl.static_range(UNROLL):
-                    better = (outputs[block] > largest[block]) | (z == 0)
-                    larger = larger + (tl.where(better, outputs[block], largest[block]),)
-                    where = where + (tl.where(better, z, indices[block]),)
-                largest, indices = larger, where
-        if PROJECT == "argmax":
-            outputs = indices
-        if coverage_ptr is not None:
-            at = coverage_ptr + m * coverage_strides[0] + offset(p, coverage_strides[2:], INDEX)
-            # Whatever the shares add up to, a pixel that lacks nothing is whole.
-            inside_share = tl.where(outside == 0, 1.0, inside_share)
-            if (tl.program_id(1) == 0) & (first == 0):  # the others hold more channels of the same pixels
-                tl.store(at, inside_share.to(coverage_ptr.dtype.element_ty), mask=mask)
-        if not SINGLE:
-            layers = tl.cast(output_size[DIMS - 1], COMPUTE) if PROJECT == "mean" else 1.0
-            for block in tl.static_range(UNROLL):
-                c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
-                _store(
-                    output_ptr, outputs[block], p, mask, c, channels, output_strides, fill_ptr, outside, layers,
-                    COMPUTE, INDEX,
-                )  # fmt: skip
+                    c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+                    _store(
+                        output_ptr, outputs[block], p, mask, c, channels, output_strides, fill_ptr, outside, layers,
+                        COMPUTE, INDEX, WHOLE,
+                    )  # fmt: skip
 
 
 @triton.jit
 def _store(
     output_ptr, output, p, mask, c, channels, strides, fill_ptr, outside, layers,
-    COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    COMPUTE: tl.constexpr, INDEX: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Some channels of the output, with what lies outside, averaged over layers."""
     if fill_ptr is not None:
@@ -188,13 +197,13 @@ def _store(
     tl.store(
         output_ptr + block_offset(p, c, strides, INDEX),
         (output / layers).to(output_ptr.dtype.element_ty),
-        mask=mask[:, None] & (c < channels)[None, :],
+        mask=block_mask(mask, c, channels, WHOLE),
     )
 
 
 @triton.jit
 def _aim(
-    parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, u, mask, output_size, input_size,
+    parameters_ptr, parameters_tangent_ptr, links, chain, n, k, held, p, u, mask, output_size, input_size, units,
     parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
@@ -207,13 +216,13 @@ def _aim(
     with COVERS, how much of their weight lies inside, or what that changes by.
     """
     _coefficients, _tangents, x, t = look(
-        parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, u, mask, output_size, input_size,
+        parameters_ptr, parameters_tangent_ptr, links, chain, n, k, held, p, u, mask, output_size, input_size, units,
         parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
     taps = taps_along(
         x[:AXES], input_size, 0, PADDING, ALIGN_CORNERS,
-        WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, INDEX, ORDER,
+        WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, ORDER,
     )  # fmt: skip
     covered = 0.0
     if COVERS:
@@ -253,15 +262,18 @@ def _launch(
     """All that follows from the tensors' layouts and the options."""
     tangent, taps, channels = parameters_tangent is not None, stages.INTERPOLATIONS[mode].taps, input.shape[1]
     images, motions = (input, input_tangent or input), (parameters, parameters_tangent or parameters)
-    size, depths = output.shape[2:], (depth,) if project else ()
+    size, depths, maps = output.shape[2:], (depth,) if project else (), parameters.shape[1]
     tile = tiling.gather_tile(size, channels, launch.is_channels_last(input), input.dtype, taps, tangent)
+    tile = tile.for_images(output.shape[0], channels, size)
     return launch.Launch(
         gather_kernel,
         tile.grid(output.shape[0], channels, size),
         (
             *stages.chain(kind, auxiliary, None, len(input.shape) - 2),
-            launch.size(output) + depths, launch.size(input), channels, parameters.shape[1],
-            *launch.batches(*images, *motions),
+            launch.size(output) + depths, launch.size(input),
+            launch.units(input.shape[2:], (*depths, *size), align_corners, input.dtype),
+            (divisor(tile.programs(size)), divisor(maps), *tile.divisors(size)), channels, maps,
+            *launch.batches(output.shape[0] // maps, *images, *motions),
             launch.strides(output), *map(launch.strides, images), *map(launch.parameter_strides, motions),
             None if mask is None else launch.strides(mask),
         ),
@@ -269,5 +281,6 @@ def _launch(
         | {"TANGENT": tangent, "INPUT_TANGENT": input_tangent is not None, "ALIGN_CORNERS": align_corners}
         | {"SUPERSAMPLE": supersample, "PROJECT": project}
         | tile.constants()
+        | {"TILES": tile.tiles}
         | launch.constants(*images, output, parameters=launch.present(*motions, auxiliary)),
     )  # fmt: skip

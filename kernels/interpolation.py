@@ -80,9 +80,12 @@ def first_tap(x, TAPS: tl.constexpr):
 @triton.jit
 def touches(x, q, TAPS: tl.constexpr):
     """Whether pixel q is among the taps of x; false for NaN."""
-    # Not by the distance x - q: it rounds, and would add a pixel that the sample did not read.
-    first = first_tap(x, TAPS)
-    return (q >= first) & (q <= first + (TAPS - 1))
+    # Not by the distance x - q: it rounds, and would add a pixel that the sample did not read. Nor by two comparisons:
+    # LLVM packs those of two axes into a vector of bits, in ten instructions.
+    if TAPS == 1:
+        return _round(x) == q
+    else:
+        return tl.abs(tl.floor(x) - (q - 0.5)) < TAPS // 2
 
 
 @triton.constexpr_function
@@ -97,7 +100,7 @@ def loops(dims, taps):
 def taps_along(
     x, size, first, PADDING: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr,
-    TAPS: tl.constexpr, COUNT: tl.constexpr, INDEX: tl.constexpr, ORDER: tl.constexpr,
+    TAPS: tl.constexpr, COUNT: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """Each axis' taps, COUNT of them from the one numbered `first` on, as a tuple over axes."""
     taps = ()
@@ -105,7 +108,7 @@ def taps_along(
         taps = taps + (
             _axis_taps(
                 x[axis], size[axis], first, PADDING, ALIGN_CORNERS,
-                WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, COUNT, INDEX, ORDER,
+                WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, COUNT, ORDER,
             ),
         )  # fmt: skip
     return taps
@@ -115,7 +118,7 @@ def taps_along(
 def _axis_taps(
     x, size, first, PADDING: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr,
-    TAPS: tl.constexpr, COUNT: tl.constexpr, INDEX: tl.constexpr, ORDER: tl.constexpr,
+    TAPS: tl.constexpr, COUNT: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """For each tap its weight and ORDER derivatives, pixel index, whether that is in the image, and
     whether it was before padding.
@@ -126,8 +129,9 @@ def _axis_taps(
         x = PADDING(x, size, ALIGN_CORNERS)
     else:
         x = _clamp_to_integers(x)
-    q0 = first_tap(x, TAPS) + first
-    last = tl.cast(size - 1, x.dtype)
+    q0 = first_tap(x, TAPS)
+    if COUNT < TAPS:
+        q0 += first
     weights = ()
     slopes = ()
     curvatures = ()
@@ -135,43 +139,62 @@ def _axis_taps(
     insides = ()
     directs = ()
     for tap in tl.static_range(COUNT):
-        q = q0 + tap
+        q = q0 + tap if tap > 0 else q0
         weights = weights + (WEIGHT(x, q),)
         if ORDER >= 1:
             slopes = slopes + (WEIGHT_VJP(x, q),)
         if ORDER >= 2:
             curvatures = curvatures + (WEIGHT_CURVATURE(x, q),)
-        directs = directs + ((q >= 0) & (q <= last),)
+        # Padding, or the clamp, has left numbers that 32 bits can hold.
+        pixel = q0.to(tl.int32) + tap
+        directs = directs + (_is_index(pixel, size),)
         if TAPS > 2:
-            q = PADDING(q, size, ALIGN_CORNERS)
-        # Compared as floats: converting an out-of-range float to an integer is undefined.
-        inside = (q >= 0) & (q <= last)
-        pixels = pixels + (tl.where(inside, q, 0.0).to(INDEX),)
+            pixel = PADDING(q, size, ALIGN_CORNERS).to(tl.int32)
+        inside = _is_index(pixel, size)
         insides = insides + (inside,)
+        # Two taps need none: what is masked is not read.
+        pixels = pixels + (pixel if TAPS == 2 else tl.where(inside, pixel, 0),)
     return weights, slopes, curvatures, pixels, insides, directs
 
 
 @triton.jit
+def _is_index(q, size):
+    """0 <= q < size in one comparison, as negative numbers are large ones without their sign."""
+    return q.to(tl.uint32) < tl.cast(size, tl.uint32)
+
+
+@triton.constexpr_function
+def _tap(corner_id, axis, taps):
+    """Which tap along an axis a corner has."""
+    return corner_id // taps**axis % taps
+
+
+@triton.jit
 def corner(taps, corner_id: tl.constexpr, TAPS: tl.constexpr, ORDER: tl.constexpr):
-    """One of the TAPS ** dims pixels: along each axis its weight and ORDER derivatives; its index, if
+    """One of the TAPS ** dims pixels: along each axis its weight and ORDER derivatives; where it lies; if
     inside, if unfolded.
+
+    Where: an index, and how many pixels beyond it. That is the same index for all corners unless padding has moved
+    each by itself, so that they share an address.
     """
     weights = ()
     slopes = ()
     curvatures = ()
-    pixel = ()
-    inside = taps[0][4][corner_id % TAPS]
-    direct = taps[0][5][corner_id % TAPS]
+    index = ()
+    beyond = ()
+    inside = taps[0][4][_tap(corner_id, 0, TAPS)]
+    direct = taps[0][5][_tap(corner_id, 0, TAPS)]
     for axis in tl.static_range(len(taps)):
-        weights = weights + (taps[axis][0][corner_id // TAPS**axis % TAPS],)
+        weights = weights + (taps[axis][0][_tap(corner_id, axis, TAPS)],)
         if ORDER >= 1:
-            slopes = slopes + (taps[axis][1][corner_id // TAPS**axis % TAPS],)
+            slopes = slopes + (taps[axis][1][_tap(corner_id, axis, TAPS)],)
         if ORDER >= 2:
-            curvatures = curvatures + (taps[axis][2][corner_id // TAPS**axis % TAPS],)
-        pixel = pixel + (taps[axis][3][corner_id // TAPS**axis % TAPS],)
-        inside = inside & taps[axis][4][corner_id // TAPS**axis % TAPS]
-        direct = direct & taps[axis][5][corner_id // TAPS**axis % TAPS]
-    return weights, slopes, curvatures, pixel, inside, direct
+            curvatures = curvatures + (taps[axis][2][_tap(corner_id, axis, TAPS)],)
+        index = index + (taps[axis][3][0 if TAPS <= 2 else _tap(corner_id, axis, TAPS)],)
+        beyond = beyond + (_tap(corner_id, axis, TAPS) if TAPS <= 2 else 0,)
+        inside = inside & taps[axis][4][_tap(corner_id, axis, TAPS)]
+        direct = direct & taps[axis][5][_tap(corner_id, axis, TAPS)]
+    return weights, slopes, curvatures, (index, beyond), inside, direct
 
 
 @triton.jit
@@ -187,9 +210,7 @@ def coverage(
     slopes = ()
     curvatures = ()
     for axis in tl.static_range(len(x)):
-        taps = _axis_taps(
-            x[axis], size[axis], 0, zeros, False, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, tl.int32, ORDER
-        )
+        taps = _axis_taps(x[axis], size[axis], 0, zeros, False, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, TAPS, ORDER)
         weights = weights + (_sum_inside(taps[0], taps[4], 1.0),)
         if ORDER >= 1:
             slopes = slopes + (_sum_inside(taps[1], taps[4], 0.0),)

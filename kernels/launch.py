@@ -124,8 +124,19 @@ COUNTS = ["maps", "slots", *(f"{name}_batch" for name in _BATCHED)]
 """Arguments that take any value: a compilation for each would serve nobody."""
 
 
-def batches(*tensors):
-    return tuple(t.shape[0] for t in tensors)
+def batches(batch, *tensors):
+    """Those of tensors that serve a larger batch over and over; None for the others."""
+    return tuple(None if t.shape[0] == batch else t.shape[0] for t in tensors)
+
+
+def units(input_size, size, align_corners, dtype):
+    """What the entries of a homogeneous matrix, x first, are multiplied by to take pixels of an output to pixels of an
+    input, in fp32; None for images in fp64.
+    """
+    if dtype == torch.float64:
+        return None
+    source, target = ([(n - 1 if align_corners else n) / 2 for n in reversed(sizes)] for sizes in (input_size, size))
+    return tuple([unit for s in (*source, 1.0) for unit in (*[s / n if n else 0.0 for n in target], s)])
 
 
 def count(parameters):

@@ -10,24 +10,41 @@ from .transforms import samples_for, squared_length
 
 
 @triton.jit
+def load_once(
+    parameters_ptr, n, k, output_size, input_size, units, parameters_batch, parameters_strides,
+    LOAD: tl.constexpr, ONCE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """The coefficients of a map that has the same for all pixels; of others none."""
+    if ONCE:
+        numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
+        return LOAD(
+            numbers, parameters_strides[2:], None, None,
+            None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
+        )  # fmt: skip
+    else:
+        return ()
+
+
+@triton.jit
 def look(
-    parameters_ptr, parameters_tangent_ptr, links, chain, m, maps, p, u, mask, output_size, input_size,
+    parameters_ptr, parameters_tangent_ptr, links, chain, n, k, coefficients, p, u, mask,
+    output_size, input_size, units,
     parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, PADDING_VJP: tl.constexpr,
     TAPS: tl.constexpr, TANGENT: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """For places p in the output of map m, u measured from the middle: the map's coefficients and their tangents,
-    the source coordinates before padding and, with TANGENT, the change of those after it.
+    """For places p in the output of map k of image n, u measured from the middle: the map's coefficients, as they are
+    if they have been loaded, and their tangents, the source coordinates before padding and, with TANGENT, the change
+    of those after it.
     """
-    n = m // maps
-    k = m % maps
     numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
     chain = map_chain(chain, numbers, n, k)
-    coefficients = LOAD(
-        numbers, parameters_strides[2:], links, chain,
-        p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
-    )  # fmt: skip
+    if len(coefficients) == 0:
+        coefficients = LOAD(
+            numbers, parameters_strides[2:], links, chain,
+            p, mask, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
+        )  # fmt: skip
     x = TRANSFORM(coefficients, u, input_size)
     tangents = ()
     t = ()
@@ -35,7 +52,7 @@ def look(
         start = image_start(parameters_tangent_ptr, n, parameters_tangent_batch, parameters_tangent_strides)
         tangents = LOAD(
             start + k * parameters_tangent_strides[1], parameters_tangent_strides[2:], links, chain,
-            p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
+            p, mask, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, True,
         )  # fmt: skip
         t = pass_padding(TRANSFORM_JVP(coefficients, tangents, u), x, input_size, PADDING_VJP, TAPS, ALIGN_CORNERS)
     return coefficients, tangents, x, t
@@ -43,21 +60,19 @@ def look(
 
 @triton.jit
 def samples_per_axis(
-    parameters_ptr, links, chain, m, maps, p, mask, output_size, input_size, parameters_batch, parameters_strides,
+    parameters_ptr, links, chain, n, k, p, mask, output_size, input_size, units, parameters_batch, parameters_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, SHRINK: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """How many samples along each axis make output pixels p, so many as the map shrinks: one number for the
     whole map where that is the same everywhere, else one for each lane.
     """
-    n = m // maps
-    k = m % maps
     numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
     if SHRINK is not None:
         return SHRINK(
             LOAD(
                 numbers, parameters_strides[2:], None, None,
-                p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
+                p, mask, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
             )
         )  # fmt: skip
     else:
@@ -72,7 +87,7 @@ def samples_per_axis(
                     place = place + (u[other] + (side - 0.5 if other == axis else 0.0),)
                 coefficients = LOAD(
                     numbers, parameters_strides[2:], links, chain, uncentred(place, output_size, COMPUTE),
-                    mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
+                    mask, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
                 )  # fmt: skip
                 ends = ends + (TRANSFORM(coefficients, place, input_size),)
             step = ()

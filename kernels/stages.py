@@ -27,6 +27,7 @@ class Transform:
     map_vjp: Any
     map_vjp_jvp: Any = None
     """None for a map that is linear in its coefficients."""
+    bounds: Any = None
     rows: Any = None
     columns: Any = None
     """None for a map without bounds for a walk."""
@@ -60,6 +61,7 @@ TRANSFORMS = {
         transforms.affine,
         transforms.affine_jvp,
         transforms.affine_vjp,
+        bounds=transforms.affine_bounds,
         rows=transforms.affine_rows,
         columns=transforms.affine_columns,
         shrink=transforms.affine_shrink,
@@ -186,6 +188,7 @@ def gather(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     """The stages of the gather kernel, by the names of its arguments."""
     return {
         "LOAD": transform(kind).load,
+        "ONCE": not transform(kind).dense and not is_chain(kind),
         "TRANSFORM": transform(kind).map,
         "TRANSFORM_JVP": transform(kind).map_jvp,
         "SHRINK": transform(kind).shrink,
@@ -210,8 +213,14 @@ def scatter(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
 def walk(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     """The stages of the walk kernel."""
     named = scatter(kind, mode, padding_mode)
-    del named["PADDING"], named["PADDING_VJP"], named["TRANSFORM_VJP_JVP"]  # walked maps are linear so far
+    del (
+        named["PADDING"],
+        named["PADDING_VJP"],
+        named["TRANSFORM_VJP_JVP"],
+        named["ONCE"],
+    )  # walked maps are linear so far
     return named | {
+        "BOUNDS": transform(kind).bounds,
         "ROWS": transform(kind).rows,
         "COLUMNS": transform(kind).columns,
         "REFINE": transform(kind).refine,

@@ -9,12 +9,19 @@ is as much longer along the others.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from .division import divisor
+
 _WARP = 32
+
+
+_ENOUGH = 2**13
+"""Programs of a launch, some 15 for each that a GPU of 132 multiprocessors holds at a time: the last ones to end do
+not matter."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,31 @@ class Tile:
     num_warps: int
     max_registers: int
     """Per thread, on NVIDIA: left to itself, ptxas spills a few to reach the next step of occupancy."""
+    whole: bool = False
+    """Whether blocks are known to hold nothing but channels of the image."""
+    tiles: int = 1
+    """How many tiles of an image a program takes, one after another: what it does once for all of them, dividing,
+    loading a matrix, adding up over its lanes, takes as long as a small tile."""
 
     def grid(self, images: int, channels: int, size: Sequence[int]) -> tuple[int, int]:
         """Programs for so many images, channels and an image size (y before x, as in a shape)."""
-        return images * self.count(size), _quotient(channels, self.channels_per_program)
+        return images * self.programs(size), _quotient(channels, self.channels_per_program)
+
+    def programs(self, size: Sequence[int]) -> int:
+        return _quotient(self.count(size), self.tiles)
+
+    def for_images(self, images: int, channels: int, size: Sequence[int]) -> "Tile":
+        """The same with as many tiles for a program as leave programs enough."""
+        programs = math.prod(self.grid(images, channels, size))
+        return replace(self, tiles=next((n for n in (8, 4, 2) if programs >= n * _ENOUGH), 1))
 
     def count(self, size: Sequence[int]) -> int:
         """Tiles that cover an image."""
         return math.prod(_quotient(s, b) for s, b in zip(reversed(size), self.block, strict=True))
+
+    def divisors(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The counts of tiles along the axes but the last, x first, as kernels divide by them."""
+        return tuple(divisor(_quotient(s, b)) for s, b in zip(reversed(size[1:]), self.block, strict=False))
 
     def constants(self, far: bool = False) -> dict[str, Any]:
         """The tile as a launch takes it; `far`, 64-bit offsets, takes registers of its own."""
@@ -47,6 +71,7 @@ class Tile:
             "BLOCK_C": self.block_c,
             "UNROLL": self.unroll,
             "CHANNELS_PER_PROGRAM": self.channels_per_program,
+            "WHOLE": self.whole,
             "num_warps": max(1, self.num_warps // 2) if amd else self.num_warps,
             **({} if amd else {"maxnreg": 255 if far else self.max_registers}),
         }
@@ -86,7 +111,9 @@ def scatter_tile(
     per_program = _power_of_two(channels) if whole else 64
     most = (32 if taps <= 2 else 16) if channels_last else (4 if taps <= 2 else 1)
     cap = 168 if taps <= 2 and len(size) <= 2 and not fixed else 255
-    return _tile(size, channels, channels_last, dtype, most, per_program, cap)
+    tile = _tile(size, channels, channels_last, dtype, most, per_program, cap)
+    # Without a mask of channels, sm_80's compiler moves a cubic sample's loads together and spills two of them.
+    return replace(tile, whole=False) if taps > 2 else tile
 
 
 def walk_tile(
@@ -97,43 +124,41 @@ def walk_tile(
     taps: int,
     folds: bool,
     tangent: bool = False,
+    several: bool = False,
 ) -> Tile:
     """The tile of a program that owns input pixels, of an input of this size, and one block of channels; `folds` as
-    its padding does.
+    its padding does; with `several` maps of an image it holds their sums from one to the next.
     """
     # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
     most = 32 if channels_last else 8
-    steps = max(folds, (taps > 2 or len(size) > 2) + tangent)
+    several = several and channels > 4 and not channels_last
+    steps = max(folds, several, (taps > 2 or len(size) > 2) + tangent)
     return _tile(size, channels, channels_last, dtype, most, per_program=0, cap=(128, 168, 255)[steps])
 
 
 def _tile(
     size: Sequence[int], channels: int, channels_last: bool, dtype: torch.dtype, most: int, per_program: int, cap: int
 ) -> Tile:
+    """At most so many channels held at once, and some more for each program, one after another."""
     # Rounded up to what makes a difference, so that few keys, and few compilations, serve all shapes.
     extent = tuple(min(_power_of_two(n), _LONGEST) for n in reversed(size))
-    return _tile_of(extent, min(_power_of_two(channels), most), channels_last, dtype, most, per_program, cap)
+    # fp64 takes two registers a number: a quarter of the channels, and half the programs at a time.
+    double = dtype == torch.float64
+    most = max(1, most // 4) if double else most
+    held = _power_of_two(min(channels, most)) if channels_last else _quotient(channels, _quotient(channels, most))
+    block, block_c, unroll, num_warps = _block(extent, held, channels_last)
+    in_all = held if channels <= held else held * max(1, _quotient(per_program, held))
+    return Tile(block, block_c, unroll, in_all, num_warps, 255 if double else cap, whole=channels % held == 0)
 
 
 @functools.lru_cache(1024)
-def _tile_of(
-    extent: tuple[int, ...],
-    channels: int,
-    channels_last: bool,
-    dtype: torch.dtype,
-    most: int,
-    per_program: int,
-    cap: int,
-) -> Tile:
-    # fp64 takes two registers a number: a quarter of the channels, and half the programs at a time.
-    double = dtype == torch.float64
-    held = min(channels, max(1, most // 4) if double else most)
+def _block(extent: tuple[int, ...], held: int, channels_last: bool) -> tuple[tuple[int, ...], int, int, int]:
+    """Pixels, channels beside each other and apart, and warps."""
     # Channels that lie apart are separate blocks: in one block, Triton would put a warp's threads on
     # them, or repeat the coordinates in every warp, as its version happens to break ties.
     block_c, unroll = (held, 1) if channels_last else (1, held)
     block = _fitted((_BLOCKS_OF_CHANNELS if block_c >= 8 else _BLOCKS)[len(extent)], extent)
-    num_warps = 4 if block_c >= 8 else math.prod(block) // _WARP
-    return Tile(block, block_c, unroll, max(held, per_program), num_warps, max_registers=255 if double else cap)
+    return block, block_c, unroll, 4 if block_c >= 8 else math.prod(block) // _WARP
 
 
 def _fitted(block: tuple[int, ...], extent: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ A transform is these device functions:
     map_vjp(coefficients, u, g) gradient g of that coordinate → gradients of the coefficients
     map_vjp_jvp(coefficients, t, u, g)  what map_vjp changes by, with g held, where the coefficients move by
                                 t; none for a map that is linear in them
+    bounds(coefficients, …)     what these two take, once per map:
     rows / columns(…)           the output pixels that can touch a given input pixel
     shrink(coefficients)        samples along each axis that leave no source pixel out, where it is the same
                                 everywhere; elsewhere differences of the map tell
@@ -24,40 +25,29 @@ forward's own expression. A dense map has no such bounds: its adjoint scatters.
 import triton
 import triton.language as tl
 
+from . import tuples
 from .coordinates import centred, middle, offset, pixels_per_unit
 from .matrix import divide, divide_vjp, rows, rows_vjp
 
 
 @triton.jit
 def affine_load(
-    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """theta, (d, d+1) → the same matrix from centred output indices to centred source pixels."""
-    return _load_matrix(parameters_ptr, len(input_size), input_size, output_size, ALIGN_CORNERS, COMPUTE)
+    return _load_matrix(parameters_ptr, len(input_size), input_size, output_size, units, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
 def affine_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share: the sum over its lanes."""
-    _store_matrix_vjp(gradients_ptr, gradients, len(input_size), input_size, output_size, ALIGN_CORNERS, COMPUTE)
-
-
-@triton.jit
-def _affine_scale(
-    input_size, output_size, a: tl.constexpr, b: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """What entry (a, b) of theta is multiplied by to act on pixels."""
-    scale = pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE)
-    if b < len(input_size):
-        per_unit = pixels_per_unit(output_size[b], ALIGN_CORNERS, COMPUTE)
-        quotient = tl.where(per_unit > 0, scale / tl.where(per_unit > 0, per_unit, 1.0), 0.0)
-        # A GPU's quotient of equals need not be 1, and the identity must land on the pixels.
-        scale = tl.where((scale == per_unit) & (scale > 0), 1.0, quotient)
-    return scale
+    _store_matrix_vjp(
+        gradients_ptr, gradients, len(input_size), input_size, output_size, units, ALIGN_CORNERS, COMPUTE
+    )  # fmt: skip
 
 
 @triton.jit
@@ -81,37 +71,92 @@ def affine_vjp(coefficients, u, g):
 
 
 @triton.jit
-def affine_rows(coefficients, q, input_size, output_size, RADIUS: tl.constexpr):
-    """First and last row, along y and on, whose pixels can come within RADIUS of source pixel q."""
+def affine_bounds(coefficients, input_size, output_size, RADIUS: tl.constexpr):
+    """Whether a map is finite, so that it lands anywhere; what `rows` and `columns` take of it: divisions, once for all
+    pixels; and how many columns a row's candidates of a pixel span at most, 0 where that must be asked of the
+    pixels themselves.
+
+    Rows are conditioned by the determinant; where it vanishes, their bounds become infinite or NaN, and clamping makes
+    them the whole axis.
+    """
     dims: tl.constexpr = len(input_size)
-    # A map that is not finite lands nowhere; its bounds would be the whole output for every q.
     nothing = coefficients[0] * 0
-    for i in tl.static_range(1, dims * (dims + 1)):
-        nothing += coefficients[i] * 0
-    firsts = ()
-    lasts = ()
+    places = ()
+    margins = ()
+    for a in tl.static_range(dims):
+        translation = coefficients[a * (dims + 1) + dims]
+        places = places + (translation + middle(input_size[a], translation.dtype),)
+        margins = margins + (RADIUS + _affine_margin(coefficients, a, input_size, output_size),)
+        for b in tl.static_range(dims + 1):
+            nothing += coefficients[a * (dims + 1) + b] * 0
+    rows_of_inverse = ()
+    reaches = ()
     for b in tl.static_range(1, dims):
-        # Solve A u = q - t for u_b by Cramer's rule. Everything is conditioned by the determinant;
-        # where it vanishes, the bounds become infinite or NaN, and clamping makes them the whole axis.
-        determinant, determinant_size = 0.0, 0.0
-        centre, reach = 0.0, 0.0
+        # Solve A u = q - t for u_b by Cramer's rule.
+        determinant, determinant_size, reach = 0.0, 0.0, 0.0
+        cofactors = ()
         for a in tl.static_range(dims):
             cofactor, cofactor_size = _cofactor(coefficients, a, b, dims)
             entry = coefficients[a * (dims + 1) + b]
-            translation = coefficients[a * (dims + 1) + dims]
             determinant += entry * cofactor
             determinant_size += tl.abs(entry) * cofactor_size
-            centre += cofactor * (q[a] - middle(input_size[a], entry.dtype) - translation)
-            reach += tl.abs(cofactor) * (RADIUS + _affine_margin(coefficients, a, input_size, output_size))
+            reach += tl.abs(cofactor) * margins[a]
             # Rounding of the cofactor, of the product and of the sum, amplified by the division.
-            reach += cofactor_size * (tl.abs(translation) + input_size[a]) * _EPSILON
+            reach += cofactor_size * (tl.abs(coefficients[a * (dims + 1) + dims]) + input_size[a]) * _EPSILON
+            cofactors = cofactors + (cofactor,)
         reach += determinant_size * output_size[b] * _EPSILON
-        centre = centre / determinant + middle(output_size[b], determinant.dtype)
-        reach = reach / tl.abs(determinant)
-        first, last = _clamp_interval(centre - reach, centre + reach, output_size[b])
+        inverse = 1.0 / determinant
+        reach *= tl.abs(inverse)
+        rows_of_inverse = rows_of_inverse + (tuples.scale(cofactors, inverse),)
+        reaches = reaches + (reach,)
+    steps = ()
+    halves = ()
+    most = tl.cast(output_size[0], coefficients[0].dtype)
+    fewer = most
+    for a in tl.static_range(dims):
+        slope = coefficients[a * (dims + 1)]
+        # Where x does not matter, the row is in reach as a whole or not at all, which a tiny slope says as well.
+        step = 1.0 / tl.where(tl.abs(slope) < 1e-25, 1e-25, slope)
+        steps = steps + (step,)
+        halves = halves + (margins[a] * tl.abs(step),)
+        # An interval of 2.0001 holds three columns at most, and two nearly everywhere.
+        most = tl.minimum(most, tl.floor(2 * halves[a]) + 1)
+        fewer = tl.minimum(fewer, tl.floor(2 * halves[a] - 0.02) + 1)
+    certain = (most == fewer) & (most <= _FEW)
+    return nothing == 0, (places, rows_of_inverse, reaches, steps, halves), tl.where(certain, most, 0.0).to(tl.int32)
+
+
+@triton.jit
+def affine_rows(bounds, q, output_size):
+    """First and last row, along y and on, whose pixels can touch source pixel q."""
+    places, rows_of_inverse, reaches, _steps, _halves = bounds
+    firsts = ()
+    lasts = ()
+    for b in tl.static_range(1, len(q)):
+        centre = middle(output_size[b], q[0].dtype)
+        for a in tl.static_range(len(q)):
+            centre += rows_of_inverse[b - 1][a] * (q[a] - places[a])
+        first, last = _clamp_interval(centre - reaches[b - 1], centre + reaches[b - 1], output_size[b])
         firsts = firsts + (first,)
-        lasts = lasts + (tl.where(nothing == 0, last, -1),)
+        lasts = lasts + (last,)
     return firsts, lasts
+
+
+@triton.jit
+def affine_columns(bounds, coefficients, row, q, output_size):
+    """First and last column of a row (centred indices along y and on) that can touch pixel q."""
+    dims: tl.constexpr = len(q)
+    places, _rows_of_inverse, _reaches, steps, halves = bounds
+    first = tl.zeros_like(q[0])
+    last = first + (output_size[0] - 1)
+    for a in tl.static_range(dims):
+        s = places[a] - q[a]
+        for b in tl.static_range(1, dims):
+            s = tl.fma(coefficients[a * (dims + 1) + b], row[b - 1], s)
+        centre = middle(output_size[0], s.dtype) - s * steps[a]
+        first = tl.maximum(first, centre - halves[a])  # a number wins over NaN
+        last = tl.minimum(last, centre + halves[a])
+    return _clamp_interval(first, last, output_size[0])
 
 
 @triton.jit
@@ -173,28 +218,6 @@ def _cofactor(coefficients, a: tl.constexpr, b: tl.constexpr, dims: tl.constexpr
 
 
 @triton.jit
-def affine_columns(coefficients, row, q, input_size, output_size, RADIUS: tl.constexpr):
-    """First and last column of a row (centred indices along y and on) that can touch pixel q."""
-    dims: tl.constexpr = len(input_size)
-    first = 0
-    last = output_size[0] - 1
-    for a in tl.static_range(dims):
-        s = coefficients[a * (dims + 1) + dims] - (q[a] - middle(input_size[a], q[a].dtype))
-        for b in tl.static_range(1, dims):
-            s = tl.fma(coefficients[a * (dims + 1) + b], row[b - 1], s)
-        slope = coefficients[a * (dims + 1)]
-        reach = RADIUS + _affine_margin(coefficients, a, input_size, output_size)
-        centre = middle(output_size[0], slope.dtype) - s / slope
-        half = reach / tl.abs(slope)
-        first_a, last_a = _clamp_interval(centre - half, centre + half, output_size[0])
-        # Where x does not matter, the row is in reach as a whole or not at all.
-        flat = tl.abs(slope) < 1e-30
-        first = tl.maximum(first, tl.where(flat, 0, first_a))
-        last = tl.minimum(last, tl.where(flat, tl.where(tl.abs(s) <= reach, output_size[0] - 1, -1), last_a))
-    return first, last
-
-
-@triton.jit
 def _affine_margin(coefficients, a: tl.constexpr, input_size, output_size):
     """A bound, in source pixels, on the rounding of the coordinate along axis a."""
     dims: tl.constexpr = len(input_size)
@@ -204,6 +227,8 @@ def _affine_margin(coefficients, a: tl.constexpr, input_size, output_size):
     return size * _EPSILON
 
 
+_FEW = tl.constexpr(16)
+"""Columns up to which every pixel may take as many as any; with more, most of them would be none of its own."""
 # 2 ** -20, eight roundings of fp32; an fp64 walk only gets bounds a little wider than it needs.
 _EPSILON = tl.constexpr(2.0**-20)
 
@@ -212,31 +237,33 @@ _EPSILON = tl.constexpr(2.0**-20)
 def _clamp_interval(first, last, size):
     """The integers of [first, last] within an axis, empty as (size, …) or (…, -1).
 
-    Written with comparisons, so that a NaN bound becomes the end of the axis and infinities never
-    reach the conversion to integers.
+    Numbers win over NaN, so that such a bound becomes the end of the axis, and infinities never reach the conversion
+    to integers.
     """
     n = tl.cast(size, first.dtype)
-    first = tl.where(first > 0, tl.where(first < n, first, n), 0.0)
-    last = tl.where(last < n - 1, tl.where(last > -1, last, -1.0), n - 1)
+    first = tl.minimum(tl.maximum(first, 0.0), n)
+    last = tl.maximum(tl.minimum(last, n - 1), -1.0)
     return tl.ceil(first).to(tl.int32), tl.floor(last).to(tl.int32)
 
 
 @triton.jit
 def projective_load(
-    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """A homogeneous matrix, (d+1, d+1) → the same from centred output indices to centred source pixels."""
-    return _load_matrix(parameters_ptr, len(input_size) + 1, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+    return _load_matrix(parameters_ptr, len(input_size) + 1, input_size, output_size, units, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
 def projective_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """One program's share: the sum over its lanes."""
-    _store_matrix_vjp(gradients_ptr, gradients, len(input_size) + 1, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+    _store_matrix_vjp(
+        gradients_ptr, gradients, len(input_size) + 1, input_size, output_size, units, ALIGN_CORNERS, COMPUTE
+    )  # fmt: skip
 
 
 @triton.jit
@@ -283,46 +310,60 @@ def projective_vjp_jvp(coefficients, t, u, g):
 
 
 @triton.jit
-def _load_matrix(ptr, ROWS: tl.constexpr, input_size, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+def _load_matrix(
+    ptr, ROWS: tl.constexpr, input_size, output_size, units, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
+):
     """A matrix (ROWS, d+1) that acts on normalised coordinates → one that acts on pixels."""
     columns: tl.constexpr = len(input_size) + 1
     matrix = ()
     for a in tl.static_range(ROWS):
         for b in tl.static_range(columns):
             entry = tl.load(ptr + a * columns + b).to(COMPUTE)
-            matrix = matrix + (entry * _matrix_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE),)
+            matrix = matrix + (entry * _unit(units, input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE),)
     return matrix
 
 
 @triton.jit
 def _store_matrix_vjp(
-    ptr, gradients, ROWS: tl.constexpr, input_size, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
+    ptr,
+    gradients,
+    ROWS: tl.constexpr,
+    input_size,
+    output_size,
+    units,
+    ALIGN_CORNERS: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):
     columns: tl.constexpr = len(input_size) + 1
     for a in tl.static_range(ROWS):
         for b in tl.static_range(columns):
-            scale = _matrix_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
+            scale = _unit(units, input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
             tl.store(ptr + (a * columns + b), tl.sum(gradients[a * columns + b]) * scale)
 
 
 @triton.jit
-def _matrix_scale(
-    input_size, output_size, a: tl.constexpr, b: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
+def _unit(
+    units, input_size, output_size, a: tl.constexpr, b: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """What entry (a, b) is multiplied by to act on pixels; a last row makes a divisor, which has no unit."""
+    """What entry (a, b) of a homogeneous matrix is multiplied by to act on pixels; a last row makes a divisor, which
+    has no unit. The host has worked that out, but for fp64, as Triton passes no number of 64 bits.
+    """
     dims: tl.constexpr = len(input_size)
-    if a < dims:
-        return _affine_scale(input_size, output_size, a, b, ALIGN_CORNERS, COMPUTE)
-    elif b < dims:
-        per_unit = pixels_per_unit(output_size[b], ALIGN_CORNERS, COMPUTE)
-        return tl.where(per_unit > 0, 1.0 / tl.where(per_unit > 0, per_unit, 1.0), 0.0)
+    if units is not None:
+        return units[a * (dims + 1) + b]
     else:
-        return tl.cast(1.0, COMPUTE)
+        scale = tl.cast(1.0, COMPUTE)
+        if a < dims:
+            scale = pixels_per_unit(input_size[a], ALIGN_CORNERS, COMPUTE)
+        if b < dims:
+            per_unit = pixels_per_unit(output_size[b], ALIGN_CORNERS, COMPUTE)
+            scale = tl.where(per_unit > 0, scale / tl.where(per_unit > 0, per_unit, 1.0), 0.0)
+        return scale
 
 
 @triton.jit
 def grid_load(
-    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """An explicit grid, (*size, d), normalised → each lane's source pixel, in ATen's expression: a grid
@@ -343,21 +384,21 @@ def grid_load(
 
 @triton.jit
 def grid_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     scaled = ()
     for axis in tl.static_range(len(p)):
         scaled = scaled + (gradients[axis] * pixels_per_unit(input_size[axis], ALIGN_CORNERS, COMPUTE),)
     pixel_displacement_load_vjp(
-        gradients_ptr, scaled, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
+        gradients_ptr, scaled, strides, parameters_ptr, links, chain, p, mask, input_size, output_size, units,
         ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
 
 
 @triton.jit
 def displacement_load(
-    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The identity and a field, (*size, d), normalised → each lane's source pixel.
@@ -365,26 +406,27 @@ def displacement_load(
     The identity is added here, in fp32: a 16-bit field loses nothing of it.
     """
     x = grid_load(
-        parameters_ptr, strides, links, chain, p, mask, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True
-    )
-    return x if TANGENT else _add_identity(x, p, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+        parameters_ptr, strides, links, chain, p, mask, input_size, output_size, units,
+        ALIGN_CORNERS, COMPUTE, INDEX, True,
+    )  # fmt: skip
+    return x if TANGENT else _add_identity(x, p, input_size, output_size, units, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
 def pixel_displacement_load(
-    parameters_ptr, strides, links, chain, p, mask, input_size, output_size,
+    parameters_ptr, strides, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The identity and a field, (*size, d), in pixels of the input → each lane's source pixel."""
     x = ()
     for axis in tl.static_range(len(p)):
         x = x + (_load_component(parameters_ptr, strides, p, mask, axis, COMPUTE, INDEX),)
-    return x if TANGENT else _add_identity(x, p, input_size, output_size, ALIGN_CORNERS, COMPUTE)
+    return x if TANGENT else _add_identity(x, p, input_size, output_size, units, ALIGN_CORNERS, COMPUTE)
 
 
 @triton.jit
 def pixel_displacement_load_vjp(
-    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size,
+    gradients_ptr, gradients, strides, parameters_ptr, links, chain, p, mask, input_size, output_size, units,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     for axis in tl.static_range(len(p)):
@@ -393,12 +435,12 @@ def pixel_displacement_load_vjp(
 
 
 @triton.jit
-def _add_identity(x, p, input_size, output_size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
+def _add_identity(x, p, input_size, output_size, units, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
     """Displacements in source pixels, added to where the identity looks."""
     u = centred(p, output_size, COMPUTE)
     result = ()
     for axis in tl.static_range(len(p)):
-        scale = _affine_scale(input_size, output_size, axis, axis, ALIGN_CORNERS, COMPUTE)
+        scale = _unit(units, input_size, output_size, axis, axis, ALIGN_CORNERS, COMPUTE)
         result = result + (tl.fma(u[axis], scale, middle(input_size[axis], COMPUTE)) + x[axis],)
     return result
 

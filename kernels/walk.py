@@ -6,12 +6,13 @@ the same bits every run.
 
 n: image; m: map; q: input pixel; p: output pixel, a candidate for touching q; c: channel.
 
-One program owns a tile of *input* pixels and a block of channels, and visits the output pixels that
-can touch them: for each map a few rows, for each row a few columns, bounded on the device by the
+One program owns a tile of *input* pixels, or several where an image has one map, and a block of channels. It visits
+the output pixels that can touch them: for each map a few rows, for each row a few columns, bounded on the device by the
 transform's inverse. Every candidate is weighted by the forward's own expression, so exactly the
 pixels that the forward read take part. Both sums come out of the same visit.
 
-Usually each lane owns one pixel q and visits its candidates one by one. Where a map magnifies so
+Usually each lane owns one pixel q and visits its candidates one by one, as many columns of a row as the map lets
+any pixel have, or as its lanes ask for. Where a map magnifies so
 much that the candidates span more rows than the tile has lanes, few pixels own nearly everything;
 there all lanes take turns at one pixel after another and share out its rows. The device chooses,
 per map and tile.
@@ -33,16 +34,19 @@ import triton.language as tl
 
 from . import launch, tuples
 from .coordinates import (
+    block_mask,
     block_offset,
     centred,
+    exactly,
     from_finer,
     image_start,
     lanes,
-    load_block,
+    load_corner,
     load_fill,
     tile_count,
     tile_index,
 )
+from .division import quotient
 from .interpolation import product, product_jvp, product_vjp, product_vjp_jvp, touches
 from .padding import strictly_inside
 
@@ -51,28 +55,33 @@ from .padding import strictly_inside
 def walk_kernel(
     grad_input_ptr, scattered_ptr, gradients_ptr, grad_output_ptr,
     input_ptr, input_tangent_ptr, parameters_ptr, parameters_tangent_ptr, fill_ptr,
-    output_size, input_size, channels, maps,
+    output_size, input_size, units, divisors, channels, maps,
     grad_output_batch, input_batch, input_tangent_batch, parameters_batch, parameters_tangent_batch,
     grad_input_strides, gradients_strides, gradients_stride_slot, grad_output_strides,
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, SHRINK: tl.constexpr, REFINE: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
     FOLDS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     NEED_PARAMETERS: tl.constexpr, TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr, SUPERSAMPLE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_PER_PROGRAM: tl.constexpr,
+    WHOLE: tl.constexpr, TILES: tl.constexpr, ONE_MAP: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(ONE_MAP or TILES == 1, "a tile's sums over maps are held in registers")
     tl.static_assert(CHANNELS_PER_PROGRAM == UNROLL * BLOCK_C, "a walk holds its channels in registers")
     LANES: tl.constexpr = lanes(BLOCK)
     RADIUS: tl.constexpr = TAPS // 2 if TAPS > 1 else 1
+    # Candidates of a row, of which most maps have three, whose loads are under way together; many channels have loads
+    # enough, and no registers for more.
+    AT_ONCE: tl.constexpr = 3 if BLOCK_C == 1 and UNROLL <= 4 else 1
     lane = tl.arange(0, LANES)
-    tiles = tile_count(input_size, BLOCK)
-    tile = tl.program_id(0) % tiles
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    q, mask = tile_index(tile, lane, input_size, BLOCK)
-
+    programs = tl.cdiv(tile_count(input_size, BLOCK), TILES)
+    n = quotient(tl.program_id(0), divisors[0])
+    program = tl.program_id(0) - n * programs
+    first_tile = program * TILES
+    n = n.to(tl.int64)
     input_ptr = image_start(input_ptr, n, input_batch, input_strides)
     input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
     parameters_ptr = image_start(parameters_ptr, n, parameters_batch, parameters_strides)
@@ -80,23 +89,24 @@ def walk_kernel(
         parameters_tangent_ptr, n, parameters_tangent_batch, parameters_tangent_strides
     )
     grad_input_ptr += n * grad_input_strides[0]
-    grad_input = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
     if FOLDS:
         scattered_ptr += n * grad_input_strides[0]
-        grad_input = _load_channels(
-            scattered_ptr, q, grad_input_strides, mask, channels, BLOCK_C, UNROLL, INDEX, COMPUTE
+    if not ONE_MAP:
+        q, mask = tile_index(first_tile, lane, input_size, divisors[1:], BLOCK)
+        grad_input = _start(
+            scattered_ptr, q, mask, channels, grad_input_strides, FOLDS, LANES, BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE
         )
 
-    for k in range(maps):
+    for k in range(1 if ONE_MAP else maps):
         coefficients = LOAD(
             parameters_ptr + k * parameters_strides[1],
-            None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, False,
+            None, None, None, None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
         )  # fmt: skip
         tangents = ()
         if TANGENT:
             tangents = LOAD(
                 parameters_tangent_ptr + k * parameters_tangent_strides[1],
-                None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX, True,
+                None, None, None, None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, True,
             )  # fmt: skip
         per_axis = 1
         share = 1.0
@@ -108,98 +118,151 @@ def walk_kernel(
                 share = share / tl.cast(per_axis, COMPUTE)
         gradients = tuples.zeros(len(coefficients), (LANES,), COMPUTE)
         grad_output_map = image_start(grad_output_ptr, n * maps + k, grad_output_batch, grad_output_strides)
-
-        first_row, last_row = ROWS(fine, tuples.to(q, COMPUTE), input_size, fine_size, RADIUS)
-        tile_rows, _ = _count_rows(first_row, last_row, mask)
-        wide = tile_rows > LANES
-        for turn in range(tl.where(tile_rows > 0, tl.where(wide, LANES, 1), 0)):
-            # The pixel that each lane works for: its own, or the same for all.
-            pixel, pixel_mask = tile_index(tile, tl.where(wide, turn, lane), input_size, BLOCK)
-            position = tuples.to(pixel, COMPUTE)
-            first_row, last_row = ROWS(fine, position, input_size, fine_size, RADIUS)
-            rows, shape = _count_rows(first_row, last_row, pixel_mask)
-            values = ()
-            value_tangents = ()
-            if NEED_PARAMETERS:
-                values = _load_channels(
-                    input_ptr, pixel, input_strides, pixel_mask, channels, BLOCK_C, UNROLL, INDEX, COMPUTE
-                )
-                if fill_ptr is not None:
-                    values = _subtract_fill(values, fill_ptr, channels, COMPUTE)
-            if NEED_PARAMETERS and INPUT_TANGENT:
-                value_tangents = _load_channels(
-                    input_tangent_ptr, pixel, input_tangent_strides, pixel_mask, channels,
-                    BLOCK_C, UNROLL, INDEX, COMPUTE,
+        lands, bounds, most_columns = BOUNDS(fine, input_size, fine_size, RADIUS)
+        for step_of_tile in range(TILES):
+            tile = first_tile + step_of_tile
+            if ONE_MAP:
+                q, mask = tile_index(tile, lane, input_size, divisors[1:], BLOCK)
+                grad_input = _start(
+                    scattered_ptr, q, mask, channels, grad_input_strides,
+                    FOLDS, LANES, BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
                 )  # fmt: skip
-            collected = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
-            for r in range(0, rows, tl.where(wide, LANES, 1)):
-                row, in_row = _unravel_row(tl.where(wide, r + lane, r), first_row, last_row, shape)
-                in_row &= pixel_mask
-                u_row = centred(row, fine_size[1:], COMPUTE)
-                first, last = COLUMNS(fine, u_row, position, input_size, fine_size, RADIUS)
-                for step in range(tl.max(tl.where(in_row, last - first + 1, 0))):
-                    column = first + step
-                    u = centred((column,), fine_size, COMPUTE) + u_row
-                    p = (column,) + row
-                    if SUPERSAMPLE != 1:
-                        u = from_finer(u, per_axis)
-                        p = tuples.floor_divide(p, per_axis)
-                    x = TRANSFORM(coefficients, u, input_size)
-                    hit = in_row & (column <= last)
-                    for axis in tl.static_range(len(BLOCK)):
-                        hit &= touches(x[axis], position[axis], TAPS)
-                    if FOLDS and TAPS <= 2:
-                        hit &= strictly_inside(x, input_size)
-                    grad_output = _load_channels(
-                        grad_output_map, p, grad_output_strides, hit, channels,
-                        BLOCK_C, UNROLL, INDEX, COMPUTE,
+            first_row, last_row = ROWS(bounds, tuples.to(q, COMPUTE), fine_size)
+            rows, shape = _count_rows(first_row, last_row, mask)
+            wide = rows > LANES
+            for turn in range(tl.where(lands & (rows > 0), tl.where(wide, LANES, 1), 0)):
+                # The pixel that each lane works for: its own, or the same for all.
+                pixel, pixel_mask = q, mask
+                if wide:
+                    pixel, pixel_mask = tile_index(tile, lane * 0 + turn, input_size, divisors[1:], BLOCK)
+                    first_row, last_row = ROWS(bounds, tuples.to(pixel, COMPUTE), fine_size)
+                    rows, shape = _count_rows(first_row, last_row, pixel_mask)
+                position = tuples.to(pixel, COMPUTE)
+                values = ()
+                value_tangents = ()
+                if NEED_PARAMETERS:
+                    values = _load_channels(
+                        input_ptr,
+                        exactly(pixel),
+                        input_strides,
+                        pixel_mask,
+                        channels,
+                        BLOCK_C,
+                        UNROLL,
+                        WHOLE,
+                        INDEX,
+                        COMPUTE,
+                    )
+                    if fill_ptr is not None:
+                        values = _subtract_fill(values, fill_ptr, channels, COMPUTE)
+                if NEED_PARAMETERS and INPUT_TANGENT:
+                    value_tangents = _load_channels(
+                        input_tangent_ptr, exactly(pixel), input_tangent_strides, pixel_mask, channels,
+                        BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
                     )  # fmt: skip
-                    # A candidate that is no hit gets numbers that are finite, and grad_output's 0.
-                    x = tuples.where(hit, x, position)
-                    weights, slopes = _along(x, position, WEIGHT), _along(x, position, WEIGHT_VJP)
-                    curvatures = ()
-                    t = ()
-                    weight = product(weights)
-                    if TANGENT:
-                        curvatures = _along(x, position, WEIGHT_CURVATURE)
-                        t = tuples.where(
-                            hit, TRANSFORM_JVP(coefficients, tangents, u), tuples.zeros(len(BLOCK), (LANES,), COMPUTE)
-                        )
-                        weight = product_jvp(weights, slopes, t)
-                    collected = _add_scaled(collected, weight, grad_output)
-                    if NEED_PARAMETERS:
-                        # A pixel that was not read may hold infinity, and grad_output's 0 would not hide it.
-                        dot = tl.where(hit, _dot(grad_output, values), 0.0)
+                collected = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
+                for r in range(0, rows, tl.where(wide, LANES, 1)):
+                    row, in_row = _unravel_row(tl.where(wide, r + lane, r), first_row, last_row, shape)
+                    in_row &= pixel_mask
+                    u_row = centred(row, fine_size[1:], COMPUTE)
+                    first, last = COLUMNS(bounds, fine, u_row, position, fine_size)
+                    steps = most_columns
+                    if steps == 0:
+                        steps = tl.max(tl.where(in_row, last - first + 1, 0))
+                    u_first = centred((first,), fine_size, COMPUTE)[0]
+                    for step in tl.range(0, steps, loop_unroll_factor=AT_ONCE):
+                        u = (u_first + tl.cast(step, COMPUTE),) + u_row
+                        place = ((first,) + row, (step,) + exactly(row)[1])
+                        if SUPERSAMPLE != 1:
+                            u = from_finer(u, per_axis)
+                            place = exactly(tuples.floor_divide((first + step,) + row, per_axis))
+                        x = TRANSFORM(coefficients, u, input_size)
+                        hit = in_row & (step <= last - first)
+                        for axis in tl.static_range(len(BLOCK)):
+                            hit &= touches(x[axis], position[axis], TAPS)
+                        if FOLDS and TAPS <= 2:
+                            hit &= strictly_inside(x, input_size)
+                        grad_output = _load_channels(
+                            grad_output_map, place, grad_output_strides, hit, channels,
+                            BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
+                        )  # fmt: skip
+                        # A candidate that is no hit gets numbers that are finite, and grad_output's 0.
+                        x = tuples.where(hit, x, position)
+                        weights, slopes = _along(x, position, WEIGHT), _along(x, position, WEIGHT_VJP)
+                        curvatures = ()
+                        t = ()
+                        weight = product(weights)
                         if TANGENT:
-                            grad_x = product_vjp_jvp(weights, slopes, curvatures, t, dot)
-                        else:
-                            grad_x = product_vjp(weights, slopes, dot)
-                        if INPUT_TANGENT:
-                            dot = tl.where(hit, _dot(grad_output, value_tangents), 0.0)
-                            grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
-                        gradients = tuples.add(gradients, TRANSFORM_VJP(coefficients, u, grad_x))
-            if SUPERSAMPLE != 1:
-                collected = tuples.scale(collected, share)
-            if wide:
-                collected = _hand_over(collected, lane == turn)
-            grad_input = tuples.add(grad_input, collected)
+                            curvatures = _along(x, position, WEIGHT_CURVATURE)
+                            t = tuples.where(
+                                hit,
+                                TRANSFORM_JVP(coefficients, tangents, u),
+                                tuples.zeros(len(BLOCK), (LANES,), COMPUTE),
+                            )
+                            weight = product_jvp(weights, slopes, t)
+                        collected = _add_scaled(collected, weight, grad_output)
+                        if NEED_PARAMETERS:
+                            # A pixel that was not read may hold infinity, and grad_output's 0 would not hide it.
+                            dot = tl.where(hit, _dot(grad_output, values), 0.0)
+                            if TANGENT:
+                                grad_x = product_vjp_jvp(weights, slopes, curvatures, t, dot)
+                            else:
+                                grad_x = product_vjp(weights, slopes, dot)
+                            if INPUT_TANGENT:
+                                dot = tl.where(hit, _dot(grad_output, value_tangents), 0.0)
+                                grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
+                            gradients = tuples.add(gradients, TRANSFORM_VJP(coefficients, u, grad_x))
+                if SUPERSAMPLE != 1:
+                    collected = tuples.scale(collected, share)
+                if wide:
+                    collected = _hand_over(collected, lane == turn)
+                grad_input = tuples.add(grad_input, collected)
+            if ONE_MAP:
+                _finish(
+                    grad_input_ptr, grad_input, q, mask, channels, grad_input_strides, BLOCK_C, UNROLL, WHOLE, INDEX
+                )
 
         if NEED_PARAMETERS:
             if SUPERSAMPLE != 1:
                 gradients = tuples.scale(gradients, share)
-            slot = tl.cast(tile, INDEX) * tl.num_programs(1) + tl.program_id(1)
+            slot = tl.cast(program, INDEX) * tl.num_programs(1) + tl.program_id(1)
             start = n * gradients_strides[0] + tl.cast(k, INDEX) * gradients_strides[1]
             LOAD_VJP(
                 gradients_ptr + start + slot * gradients_stride_slot,
-                gradients, None, None, None, None, None, None, input_size, output_size, ALIGN_CORNERS, COMPUTE, INDEX,
+                gradients, None, None, None, None, None, None,
+                input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX,
             )  # fmt: skip
 
+    if not ONE_MAP:
+        _finish(grad_input_ptr, grad_input, q, mask, channels, grad_input_strides, BLOCK_C, UNROLL, WHOLE, INDEX)
+
+
+@triton.jit
+def _start(
+    scattered_ptr, q, mask, channels, strides,
+    FOLDS: tl.constexpr, LANES: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr,
+    INDEX: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """What pixels q have before the walk: what was scattered there, or nothing."""
+    if FOLDS:
+        return _load_channels(
+            scattered_ptr, exactly(q), strides, mask, channels, BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE
+        )
+    else:
+        return tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
+
+
+@triton.jit
+def _finish(
+    grad_input_ptr, grad_input, q, mask, channels, strides,
+    BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
     for block in tl.static_range(UNROLL):
         c = _channels(block, BLOCK_C, UNROLL)
         tl.store(
-            grad_input_ptr + block_offset(q, c, grad_input_strides, INDEX),
+            grad_input_ptr + block_offset(q, c, strides, INDEX),
             grad_input[block].to(grad_input_ptr.dtype.element_ty),
-            mask=mask[:, None] & (c < channels)[None, :],
+            mask=block_mask(mask, c, channels, WHOLE),
         )
 
 
@@ -211,15 +274,15 @@ def _channels(block: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr):
 
 @triton.jit
 def _load_channels(
-    ptr, pixel, strides, mask, channels,
-    BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
+    ptr, place, strides, mask, channels,
+    BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr, INDEX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The program's channels of some pixels: UNROLL blocks [LANES, BLOCK_C], 0 where masked."""
     blocks = ()
     for block in tl.static_range(UNROLL):
         c = _channels(block, BLOCK_C, UNROLL)
-        in_block = mask[:, None] & (c < channels)[None, :]
-        blocks = blocks + (load_block(ptr, pixel, c, strides, in_block, INDEX, COMPUTE),)
+        in_block = block_mask(mask, c, channels, WHOLE)
+        blocks = blocks + (load_corner(ptr, place, c, strides, in_block, INDEX, COMPUTE),)
     return blocks
 
 
@@ -262,7 +325,7 @@ def _hand_over(collected, owner):
 @triton.jit
 def _count_rows(first, last, mask):
     """How many rows any of the lanes may need: in all, and along each axis (y first)."""
-    count = tl.max(mask.to(tl.int32))
+    count = 1
     shape = ()
     for axis in tl.static_range(len(first)):
         most = tl.max(tl.where(mask, last[axis] - first[axis] + 1, 0))

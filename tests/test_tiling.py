@@ -53,11 +53,25 @@ def test_small_images_use_most_of_the_lanes(size, least):
 
 def test_all_sizes_share_a_few_tiles_and_a_few_keys():
     """Each tile is a compilation, and each key takes a place in a cache."""
-    tiling._tile_of.cache_clear()
+    tiling._block.cache_clear()
     sizes = list(itertools.product([*range(1, 70), 128, 1000, 1001, 2**20], repeat=2))
     tiles = {tiling.gather_tile(size, 3, False, torch.float32, 2) for size in sizes}
     assert len(tiles) <= 24
-    assert tiling._tile_of.cache_info().currsize <= 64
+    assert tiling._block.cache_info().currsize <= 64
+
+
+@pytest.mark.parametrize("per_program", [1, 64])
+@pytest.mark.parametrize("most", [1, 4, 8])
+def test_channels_fall_into_blocks_that_waste_few(most, per_program):
+    """Every channel has one program; blocks are whole where channels can be shared out alike."""
+    for channels in range(1, 300):
+        tile = tiling._tile((64, 64), channels, False, torch.float32, most, per_program, 255)
+        assert tile.channels_per_program % tile.unroll == 0, "programs would share a block"
+        blocks = -(-channels // tile.unroll)
+        assert blocks == -(-channels // most) and blocks * tile.unroll - channels < blocks
+        assert tile.whole == (channels % tile.unroll == 0)
+    counts = {tiling._tile((64, 64), n, False, torch.float32, most, per_program, 255) for n in range(1, 300)}
+    assert len(counts) <= 4 * most, "each is a compilation"
 
 
 SMALL = {
@@ -85,9 +99,9 @@ def test_small_images_match_torch(backend, size, input_size, kind, padding_mode,
 def larger_blocks(monkeypatch):
     """Those of 8 warps that bench/NOTES.md would try on a GPU."""
     monkeypatch.setitem(tiling._BLOCKS, 2, (16, 16))
-    tiling._tile_of.cache_clear()
+    tiling._block.cache_clear()
     yield
-    tiling._tile_of.cache_clear()
+    tiling._block.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["kernels"], indirect=True)
@@ -97,3 +111,50 @@ def test_blocks_of_eight_warps_match_torch(backend, larger_blocks, kind, padding
     tile = tiling.scatter_tile(case.size, case.channels, False, case.dtype, taps=2, whole=False)
     assert (tile.block, tile.num_warps) == ((16, 16), 8)
     check(case, backend)
+
+
+@pytest.mark.parametrize("backend", ["kernels"], indirect=True)
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 6, 7, 8, 11])
+@pytest.mark.parametrize("kind", ["affine", "grid"])
+def test_any_number_of_channels(backend, kind, channels):
+    check(Case(kind=kind, size=(4, 5), input_size=(5, 3), images=1, channels=channels), backend)
+
+
+@pytest.fixture
+def several_tiles(monkeypatch):
+    """Programs that take as many tiles as those of a large batch."""
+    monkeypatch.setattr(tiling, "_ENOUGH", 1)
+
+
+SEVERAL = {
+    "zeros": Case(size=(19, 33), input_size=(20, 37)),
+    "border": Case(size=(19, 33), input_size=(20, 37), padding_mode="border", images=1),
+    "maps": Case(size=(9, 17), input_size=(9, 17), images=1, maps=3),
+    "channels_last": Case(size=(9, 17), input_size=(10, 13), channels=9, arrangement="channels_last", images=1),
+    "3-D": Case(size=(5, 5, 9), input_size=(5, 4, 9), images=1, channels=1),
+    "1-D": Case(size=(300,), input_size=(33,), images=1),
+    "projective": Case(kind="projective", size=(19, 33), input_size=(6, 5)),
+    "grid": Case(kind="grid", size=(19, 33), input_size=(6, 5)),
+    "degenerate": Case(theta=((0.0, 0.0, 0.1), (0.3, 1.0, 0.02)), size=(9, 17), input_size=(9, 17), images=1),
+    "small": Case(size=(2, 3), input_size=(2, 2), images=1),
+}
+
+
+@pytest.mark.parametrize("backend", ["kernels"], indirect=True)
+@pytest.mark.parametrize("case", SEVERAL.values(), ids=SEVERAL)
+def test_programs_that_take_several_tiles_match_torch(backend, several_tiles, case):
+    tile = tiling.gather_tile(case.size, case.channels, False, case.dtype, taps=2)
+    programs = tile.for_images(case.images, case.channels, case.size).programs(case.size)
+    assert programs < tile.count(case.size) or case.size == (2, 3)
+    check(case, backend)
+
+
+def test_a_launch_has_programs_enough():
+    """Programs of a large batch take 8 tiles each; those of a few images, one."""
+    tile = tiling.gather_tile((1024, 1024), 3, False, torch.float32, taps=2)
+    assert tile.for_images(64, 3, (1024, 1024)).tiles == 8
+    assert tile.for_images(1, 3, (224, 224)).tiles == 1
+    for images in (1, 2, 3, 17, 64, 1000):
+        several = tile.for_images(images, 3, (1024, 1024))
+        programs = images * several.programs((1024, 1024))
+        assert programs >= tiling._ENOUGH or several.tiles == 1

@@ -1,0 +1,119 @@
+"""The rows and columns that a walk visits hold every output pixel that touches its input pixel, and no others."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from tri_stn.kernels import transforms
+from tri_stn.kernels.coordinates import centred
+
+INPUT_SIZE, SIZE = (7, 9), (8, 10)  # y before x
+
+
+@triton.jit
+def bounds_kernel(
+    out_ptr, most_ptr, matrix_ptr, q_ptr, input_size, output_size, RADIUS: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """out (2 + 2 * ROWS, LANES): first and last row, then first and last column of each row of the output."""
+    lane = tl.arange(0, LANES)
+    coefficients = ()
+    for i in tl.static_range(6):
+        coefficients = coefficients + (tl.load(matrix_ptr + i),)
+    q = (tl.load(q_ptr + lane), tl.load(q_ptr + LANES + lane))
+    lands, bounds, most_columns = transforms.affine_bounds(coefficients, input_size, output_size, RADIUS)
+    tl.store(most_ptr, most_columns)
+    tl.store(most_ptr + 1, lands.to(tl.int32))
+    first, last = transforms.affine_rows(bounds, q, output_size)
+    tl.store(out_ptr + lane, first[0])
+    tl.store(out_ptr + LANES + lane, last[0])
+    for row in range(ROWS):
+        u = centred((lane * 0 + row,), output_size[1:], tl.float32)
+        first_column, last_column = transforms.affine_columns(bounds, coefficients, u, q, output_size)
+        tl.store(out_ptr + (2 + 2 * row) * LANES + lane, first_column)
+        tl.store(out_ptr + (3 + 2 * row) * LANES + lane, last_column)
+
+
+def turned(degrees, scale=1.0, shift=(0.0, 0.0)):
+    c, s = scale * math.cos(math.radians(degrees)), scale * math.sin(math.radians(degrees))
+    return [[c, -s, shift[0]], [s, c, shift[1]]]
+
+
+MAPS = {
+    "identity": turned(0),
+    "half a pixel": turned(0, shift=(0.5, 0.5)),
+    "a little": turned(0.3, 1.02, (0.4, -1.6)),
+    "turned by 30": turned(30),
+    "turned by 45": turned(45, math.sqrt(2)),
+    "turned by 90": turned(90),
+    "upside down": turned(180, shift=(1.0, 0.0)),
+    "flipped": [[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+    "shrunk": turned(0, 2.0),
+    "magnified": turned(0, 0.5),
+    "magnified much": turned(10, 0.05),
+    "sheared": [[1.0, 0.9, 0.2], [0.0, 1.0, 0.1]],
+    "anisotropic": [[0.1, 0.0, 0.3], [0.0, 3.0, -0.2]],
+    "far away": turned(20, shift=(100.0, 0.0)),
+    "nearly flat": [[1.0, 1.0, 0.0], [1.0, 1.0 + 1e-6, 0.0]],
+    "flat": [[1.0, 0.7, 0.05], [0.0, 0.0, 0.3]],
+    "a point": [[0.0, 0.0, 0.4], [0.0, 0.0, -0.6]],
+    "not finite": [[math.inf, 0.0, 0.0], [0.0, 1.0, 0.0]],
+    "not a number": [[1.0, 0.0, 0.0], [0.0, 1.0, math.nan]],
+}
+
+
+def bounds(matrix, radius):
+    """First and last row of each input pixel, (pixels,), first and last column of each row, (rows, pixels), and the
+    most.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    y, x = torch.meshgrid(*(torch.arange(float(n)) for n in INPUT_SIZE), indexing="ij")
+    q = torch.zeros(2, 64)
+    q[:, : x.numel()] = torch.stack([x.flatten(), y.flatten()])
+    out = torch.empty(2 + 2 * SIZE[0], 64, dtype=torch.int32, device=device)
+    most = torch.empty(2, dtype=torch.int32, device=device)
+    bounds_kernel[(1,)](
+        out, most, matrix.to(device), q.to(device), INPUT_SIZE[::-1], SIZE[::-1], radius, SIZE[0], LANES=64
+    )
+    pixels = out[:, : x.numel()].cpu()
+    return q[:, : x.numel()], pixels[0], pixels[1], pixels[2::2], pixels[3::2], most.tolist()
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+@pytest.mark.parametrize("name", MAPS)
+def test_bounds(name, radius):
+    """Places in fp64 that are nearer than the radius lie within the bounds, and others do not, but for a rounding."""
+    matrix = torch.tensor(MAPS[name])
+    q, first_row, last_row, first, last, (most_columns, lands) = bounds(matrix, radius)
+    columns = (last - first + 1).clamp(min=0)
+    assert first.min() >= 0 and last.max() < SIZE[1] and first_row.min() >= 0 and last_row.max() < SIZE[0]
+    assert lands == matrix.isfinite().all()
+    if not lands:
+        return
+    assert most_columns == 0 or most_columns >= columns.max()
+
+    v, u = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in SIZE), indexing="ij")
+    middle = torch.tensor([[(n - 1) / 2] for n in INPUT_SIZE[::-1]], dtype=torch.float64)
+    x = matrix.double() @ torch.stack([u.flatten(), v.flatten(), torch.ones(u.numel(), dtype=torch.float64)]) + middle
+    away = (x[:, None] - q.double()[:, :, None]).abs().amax(0).view(-1, *SIZE)  # (pixels of the input, *of the output)
+    row = torch.arange(SIZE[0])
+    in_rows = (row >= first_row[:, None]) & (row <= last_row[:, None])
+    column = torch.arange(SIZE[1])
+    in_columns = (column >= first.T[..., None]) & (column <= last.T[..., None])
+    visited = in_rows[..., None] & in_columns
+    assert bool(visited[away < radius - 1e-5].all()), "a pixel that touches would not be visited"
+    assert not visited[away > radius + 1e-3].any(), "nor is one that cannot touch"
+
+
+@pytest.mark.parametrize(
+    "name,most",
+    [("turned by 30", 3), ("a little", 2), ("identity", 0), ("flat", 0)],
+)
+def test_columns_of_ordinary_maps_are_known_beforehand(name, most):
+    """Walks ask their pixels, which takes a barrier for each row, only where an interval is about as long as columns
+    lie apart, or where there are many.
+    """
+    *_, (columns, _lands) = bounds(torch.tensor(MAPS[name]), 1)
+    assert columns == most
