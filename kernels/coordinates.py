@@ -30,8 +30,8 @@ def pixels_per_unit(size, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def tile_index(tile, lane, size, divisors, BLOCK: tl.constexpr):
-    """Pixel indices, x first, of one lane or a block of lanes in a tile, and whether they exist; the divisors are the
-    counts of tiles along the axes.
+    """Pixel indices, x first, of one lane or a block of lanes in a tile, and whether they exist; the divisors divide by
+    the counts of tiles along the axes but the last.
 
     Lanes run along x, then y, then z: a warp of 32 lanes over a block 8 wide covers an 8 × 4 patch.
     """
@@ -132,7 +132,7 @@ def corner_pointers(ptr, corner, c, strides, INDEX: tl.constexpr):
     # In 64 bits and added last it stays apart: corners of one index share an address but for this.
     further = tl.cast(0, tl.int64)
     for axis in tl.static_range(len(beyond)):
-        further += beyond[axis] * strides[2 + axis]
+        further += tl.cast(beyond[axis], tl.int64) * strides[2 + axis]
     return ptr + block_offset(index, c, strides, INDEX) + further
 
 

@@ -67,7 +67,7 @@ def gather_kernel(
     n = quotient(m, divisors[1])
     k = m - n * maps
     first_tile = (tl.program_id(0) - m * tl.cdiv(tile_count(output_size, BLOCK), TILES)) * TILES
-    m, n = m.to(tl.int64), n.to(tl.int64)
+    m, n, k = m.to(tl.int64), n.to(tl.int64), k.to(tl.int64)
     input_ptr = image_start(input_ptr, n, input_batch, input_strides)
     input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
     output_ptr += m * output_strides[0]

@@ -77,7 +77,7 @@ def scatter_kernel(
     n = quotient(m, divisors[1])
     k = m - n * maps
     program = tl.program_id(0) - m * programs
-    m, n = m.to(tl.int64), n.to(tl.int64)
+    m, n, k = m.to(tl.int64), n.to(tl.int64), k.to(tl.int64)
 
     input_ptr = image_start(input_ptr, n, input_batch, input_strides)
     input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
@@ -250,6 +250,8 @@ def _visit(
                                     taps + last_taps, corner_id + 1, TAPS, ORDER
                                 )
                                 weight = product_jvp(right, right_slopes, t) if TANGENT else product(right)
+                                if TANGENT:  # which may not be finite where nothing is wanted
+                                    added = tl.where(wanted[:, None], added, 0.0)
                                 passed = _neighbour(weight[:, None] * grad_output, -1, BLOCK)
                                 added += tl.where(takes[:, None], passed, 0.0)
                                 adds = wanted | takes

@@ -50,9 +50,10 @@ class Tile:
         return _quotient(self.count(size), self.tiles)
 
     def for_images(self, images: int, channels: int, size: Sequence[int]) -> "Tile":
-        """The same with as many tiles for a program as leave programs enough."""
-        programs = math.prod(self.grid(images, channels, size))
-        return replace(self, tiles=next((n for n in (8, 4, 2) if programs >= n * _ENOUGH), 1))
+        """The same with as many tiles for a program as leave programs enough, and few turns without a tile."""
+        programs, count = math.prod(self.grid(images, channels, size)), self.count(size)
+        even = (n for n in (8, 4, 2) if programs >= n * _ENOUGH and _quotient(count, n) * n <= 1.125 * count)
+        return replace(self, tiles=next(even, 1))
 
     def count(self, size: Sequence[int]) -> int:
         """Tiles that cover an image."""

@@ -346,7 +346,7 @@ def _unit(
     units, input_size, output_size, a: tl.constexpr, b: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr
 ):
     """What entry (a, b) of a homogeneous matrix is multiplied by to act on pixels; a last row makes a divisor, which
-    has no unit. The host has worked that out, but for fp64, as Triton passes no number of 64 bits.
+    has no unit. The host has worked that out, but for fp64, as Triton passes no float of 64 bits.
     """
     dims: tl.constexpr = len(input_size)
     if units is not None:

@@ -12,10 +12,9 @@ transform's inverse. Every candidate is weighted by the forward's own expression
 pixels that the forward read take part. Both sums come out of the same visit.
 
 Usually each lane owns one pixel q and visits its candidates one by one, as many columns of a row as the map lets
-any pixel have, or as its lanes ask for. Where a map magnifies so
-much that the candidates span more rows than the tile has lanes, few pixels own nearly everything;
-there all lanes take turns at one pixel after another and share out its rows. The device chooses,
-per map and tile.
+any pixel have, or as its lanes ask for. Where a map magnifies so much that the candidates span more rows than the
+tile has lanes, few pixels own nearly everything; there all lanes take turns at one pixel after another and share out
+its rows. The device chooses, per map and tile.
 
 With TANGENT, instead, what both gradients change by where the parameters move by
 parameters_tangent and, with INPUT_TANGENT, the input by input_tangent: a second derivative.

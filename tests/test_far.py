@@ -9,6 +9,7 @@ from torch import Tensor
 from tri_stn.kernels import launch
 
 import tri_stn
+from tri_stn import kernels
 
 FAR = 2**31 + 8
 """Elements between neighbours: one more than 32-bit offsets can take."""
@@ -99,3 +100,34 @@ def test_partial_sums_beyond_2_to_the_31(backend, monkeypatch, tmp_path):
         monkeypatch.setattr(torch.Tensor, "new_empty", empty)
         torch.testing.assert_close(*results)
     assert [tuple(t.shape) for t in far] == [(1, 1, 3, 2, 3), (1, 3, 1, 2, 3)]
+
+
+def spread_out(path, tensor, strides):
+    """A copy of a tensor whose elements lie so far apart; offsets that wrap around lie within its memory as well."""
+    reach = 2**31 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)) + 1
+    with path.open("wb") as file:
+        file.truncate(tensor.itemsize * reach)
+    memory = torch.from_file(str(path), shared=True, size=reach, dtype=tensor.dtype)
+    return memory.as_strided(tensor.shape, strides, 2**31).copy_(tensor)
+
+
+@pytest.mark.parametrize("backend", ["kernels"], indirect=True)
+def test_maps_and_columns_that_32_bits_do_not_reach_though_each_stride_is_short(backend, tmp_path):
+    """The third of three fields, read by the gather; the fifth column of an output's gradient, read by the walk."""
+    if backend == "cuda":
+        pytest.skip("a file cannot stand in for a GPU's memory")
+    torch.manual_seed(0)
+    options = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": False}
+    image, grid = torch.rand(1, 1, 4, 4).half(), torch.rand(1, 3, 4, 4, 2).half()
+    far_grid = spread_out(tmp_path / "grid", grid, (0, 2**30 + 64, 8, 2, 1))
+    outputs = [torch.empty(3, 1, 4, 4, dtype=torch.float16) for _ in range(2)]
+    for output, parameters in zip(outputs, (grid, far_grid), strict=True):
+        kernels.gather(output, image, parameters, kind="grid", **options)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+    grad, theta = torch.rand(1, 1, 4, 6).half(), torch.eye(2, 3).view(1, 1, 2, 3)
+    far_grad = spread_out(tmp_path / "grad", grad, (0, 0, 1, 2**29))
+    gradients = [torch.empty(1, 1, 4, 1, dtype=torch.float16) for _ in range(2)]
+    for grad_input, grad_output in zip(gradients, (grad, far_grad), strict=True):
+        kernels.adjoint(grad_input, None, None, grad_output, None, theta, kind="affine", **options)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
