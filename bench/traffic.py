@@ -239,7 +239,7 @@ def _candidates(w: Workload, theta: np.ndarray, x: Ints, y: Ints, mask: Ints) ->
     a, b, c, d, tx, ty = _coefficients(w, theta)
     (height, width), (in_height, in_width) = w.size, w.input_size
     qx, qy = x - (in_width - 1) / 2, y - (in_height - 1) / 2
-    # As in the kernel: a bound on the coordinate's rounding, so that no candidate is missed.
+    # By each lane's own bounds, as the kernel masks them, a rounding wider, so that no candidate is missed.
     reach_x = 1 + (abs(tx) + in_width + abs(a) * width + abs(b) * height) * 2.0**-20
     reach_y = 1 + (abs(ty) + in_height + abs(c) * width + abs(d) * height) * 2.0**-20
     determinant = a * d - b * c

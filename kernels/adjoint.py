@@ -10,7 +10,7 @@ All of them also compute what their gradients change by along a direction, for s
 
 The gradient of a few parameters is a sum over everything: every program leaves its share in a slot
 of its own, and torch adds the slots. There are not more of them than a budget allows, or than the image
-has tiles: from a large output, each program takes several tiles. Those of a dense map belong to one
+has tiles: from a large output or batch, each program takes several tiles. Those of a dense map belong to one
 output pixel each.
 """
 

@@ -2,7 +2,7 @@
 
 One program owns a tile of output pixels of one map. It adds grad_input by atomics, and reduces the
 gradient of the transform's coefficients to one partial sum. With LOOP, it owns every so many-th tile of a
-map, and adds all of them up in registers: so many programs that one slot for each stays small.
+map, and adds all of them up in registers: so one slot for each program stays small, and sums over lanes are few.
 It serves what the walk does not:
 
     FOLDED_ONLY  samples that a padding mode folds back into the image, before the walk

@@ -213,12 +213,9 @@ def scatter(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
 def walk(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
     """The stages of the walk kernel."""
     named = scatter(kind, mode, padding_mode)
-    del (
-        named["PADDING"],
-        named["PADDING_VJP"],
-        named["TRANSFORM_VJP_JVP"],
-        named["ONCE"],
-    )  # walked maps are linear so far
+    # Walked maps are linear so far, and all their coefficients serve all pixels.
+    for name in ("PADDING", "PADDING_VJP", "TRANSFORM_VJP_JVP", "ONCE"):
+        del named[name]
     return named | {
         "BOUNDS": transform(kind).bounds,
         "ROWS": transform(kind).rows,
