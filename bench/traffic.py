@@ -144,8 +144,8 @@ def count(
         tile = tiling.walk_tile(w.input_size, *layout, taps=2, folds=False)
         rows += _walk(w, _shaped(tile, block), theta, programs, seed)
     elif w.gradients:
-        whole = w.transform.dense and "theta" in w.gradients
-        tile = tiling.scatter_tile(w.size, *layout, taps=2, whole=whole)
+        all_channels = w.transform.dense and "theta" in w.gradients
+        tile = tiling.scatter_tile(w.size, *layout, taps=2, all_channels=all_channels)
         rows += _scatter(w, _shaped(tile, block), theta, programs, seed)
     return rows
 

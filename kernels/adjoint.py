@@ -151,7 +151,7 @@ def _plan(
     size, input_size, channels = grad_output.shape[2:], image.shape[2:], image.shape[1]
     taps, dims = stages.INTERPOLATIONS[mode].taps, len(input_size)
     of_image = channels, launch.is_channels_last(image), image.dtype, taps
-    scatter_tile = tiling.scatter_tile(size, *of_image, whole=dense and need_parameters, fixed=deterministic)
+    scatter_tile = tiling.scatter_tile(size, *of_image, all_channels=dense and need_parameters, fixed=deterministic)
     tiles, channel_programs = scatter_tile.grid(1, channels, size)
     walk_tile = tiling.walk_tile(input_size, *of_image, folds, tangent, maps > 1)
     if maps == 1:
@@ -218,7 +218,6 @@ def _plan(
         terms *= (supersample or 16) ** dims
     walk = None
     if walks:
-        several = {"TILES": walk_tile.tiles, "ONE_MAP": maps == 1}
         walk = launch.Launch(
             walk_kernel,
             walk_grid,
@@ -226,7 +225,11 @@ def _plan(
                 *sizes, (divisor(walk_tile.programs(input_size)), *walk_tile.divisors(input_size)), *counts,
                 launch.strides(image), *slot_strides, *strides,
             ),
-            stages.walk(kind, mode, padding_mode) | constants | flags | walk_tile.constants(far) | several,
+            stages.walk(kind, mode, padding_mode)
+            | constants
+            | flags
+            | {"TILES": walk_tile.tiles, "ONE_MAP": maps == 1}
+            | walk_tile.constants(far),
         )  # fmt: skip
     return _Plan(
         compute, batch, None if partials is None else partials.shape, scatter_slots, chained,

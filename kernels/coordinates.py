@@ -126,9 +126,9 @@ def exactly(index):
 
 
 @triton.jit
-def corner_pointers(ptr, corner, c, strides, INDEX: tl.constexpr):
+def corner_pointers(ptr, place, c, strides, INDEX: tl.constexpr):
     """Where a sample's corner lies in an image: an index, and so many pixels beyond it."""
-    index, beyond = corner
+    index, beyond = place
     # In 64 bits and added last it stays apart: corners of one index share an address but for this.
     further = tl.cast(0, tl.int64)
     for axis in tl.static_range(len(beyond)):
@@ -137,15 +137,9 @@ def corner_pointers(ptr, corner, c, strides, INDEX: tl.constexpr):
 
 
 @triton.jit
-def load_block(ptr, pixel, c, strides, mask, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
-    """A [pixels, channels] block of an image, 0 where masked."""
-    return tl.load(ptr + block_offset(pixel, c, strides, INDEX), mask=mask, other=0.0).to(COMPUTE)
-
-
-@triton.jit
-def load_corner(ptr, corner, c, strides, mask, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
-    """The same of a sample's corner."""
-    return tl.load(corner_pointers(ptr, corner, c, strides, INDEX), mask=mask, other=0.0).to(COMPUTE)
+def load_block(ptr, place, c, strides, mask, INDEX: tl.constexpr, COMPUTE: tl.constexpr):
+    """A [pixels, channels] block of an image, 0 where masked; of corners, or `exactly` of pixels."""
+    return tl.load(corner_pointers(ptr, place, c, strides, INDEX), mask=mask, other=0.0).to(COMPUTE)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from .coordinates import (
     centred,
     image_start,
     lanes,
-    load_corner,
+    load_block,
     load_fill,
     offset,
     tile_count,
@@ -71,19 +71,19 @@ def gather_kernel(
     input_ptr = image_start(input_ptr, n, input_batch, input_strides)
     input_tangent_ptr = image_start(input_tangent_ptr, n, input_tangent_batch, input_tangent_strides)
     output_ptr += m * output_strides[0]
+    numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
     held = load_once(
-        parameters_ptr, n, k, output_size, input_size, units, parameters_batch, parameters_strides,
-        LOAD, ONCE, ALIGN_CORNERS, COMPUTE, INDEX,
-    )  # fmt: skip
+        numbers, parameters_strides, output_size, input_size, units, LOAD, ONCE, ALIGN_CORNERS, COMPUTE, INDEX
+    )
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
     for turn in range(TILES):
         p, mask = tile_index(first_tile + turn, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)
 
         if SINGLE:
             x, t, taps, covered = _aim(
-                parameters_ptr, parameters_tangent_ptr, links, chain, n, k, held,
+                numbers, parameters_tangent_ptr, links, chain, n, k, held,
                 p, centred(p, output_size, COMPUTE), mask, output_size, input_size, units,
-                parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+                parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
                 LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS,
                 TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
             )  # fmt: skip
@@ -103,8 +103,8 @@ def gather_kernel(
                 per_axis = SUPERSAMPLE
                 if SUPERSAMPLE == 0:
                     per_axis = samples_per_axis(
-                        parameters_ptr, links, chain, n, k, place, mask, output_size, input_size, units,
-                        parameters_batch, parameters_strides, LOAD, TRANSFORM, SHRINK, ALIGN_CORNERS, COMPUTE, INDEX,
+                        numbers, links, chain, n, k, place, mask, output_size, input_size, units,
+                        parameters_strides, LOAD, TRANSFORM, SHRINK, ALIGN_CORNERS, COMPUTE, INDEX,
                     )  # fmt: skip
                 count = power(per_axis, DIMS) if SUPERSAMPLE == 0 else SUPERSAMPLE**DIMS
                 share = 1.0 / tl.cast(count, COMPUTE)
@@ -112,9 +112,9 @@ def gather_kernel(
                     if not SINGLE:
                         u = sample_place(place, sample, per_axis, output_size, COMPUTE)
                         x, t, taps, covered = _aim(
-                            parameters_ptr, parameters_tangent_ptr, links, chain, n, k, held,
+                            numbers, parameters_tangent_ptr, links, chain, n, k, held,
                             uncentred(u, output_size, COMPUTE), u, mask, output_size, input_size, units,
-                            parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+                            parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
                             LOAD, TRANSFORM, TRANSFORM_JVP, PADDING, PADDING_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE,
                             TAPS, TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
                         )  # fmt: skip
@@ -141,13 +141,13 @@ def gather_kernel(
                                 weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
                                 if SUPERSAMPLE != 1:
                                     weight *= share
-                                value = load_corner(input_ptr, where, c, input_strides, readable, INDEX, COMPUTE)
+                                value = load_block(input_ptr, where, c, input_strides, readable, INDEX, COMPUTE)
                                 output += weight[:, None] * value
                                 if INPUT_TANGENT:
                                     weight = product(weights)
                                     if SUPERSAMPLE != 1:
                                         weight *= share
-                                    output += weight[:, None] * load_corner(
+                                    output += weight[:, None] * load_block(
                                         input_tangent_ptr, where, c, input_tangent_strides, readable, INDEX, COMPUTE
                                     )
                         if SINGLE:  # stored at once: held back, it would cost the registers of all blocks
@@ -203,8 +203,8 @@ def _store(
 
 @triton.jit
 def _aim(
-    parameters_ptr, parameters_tangent_ptr, links, chain, n, k, held, p, u, mask, output_size, input_size, units,
-    parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+    numbers, parameters_tangent_ptr, links, chain, n, k, held, p, u, mask, output_size, input_size, units,
+    parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr,
     PADDING: tl.constexpr, PADDING_VJP: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
@@ -216,8 +216,8 @@ def _aim(
     with COVERS, how much of their weight lies inside, or what that changes by.
     """
     _coefficients, _tangents, x, t = look(
-        parameters_ptr, parameters_tangent_ptr, links, chain, n, k, held, p, u, mask, output_size, input_size, units,
-        parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+        numbers, parameters_tangent_ptr, links, chain, n, k, held, p, u, mask, output_size, input_size, units,
+        parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
         LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
     )  # fmt: skip
     taps = taps_along(

@@ -11,12 +11,11 @@ from .transforms import samples_for, squared_length
 
 @triton.jit
 def load_once(
-    parameters_ptr, n, k, output_size, input_size, units, parameters_batch, parameters_strides,
+    numbers, parameters_strides, output_size, input_size, units,
     LOAD: tl.constexpr, ONCE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The coefficients of a map that has the same for all pixels; of others none."""
     if ONCE:
-        numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
         return LOAD(
             numbers, parameters_strides[2:], None, None,
             None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
@@ -27,18 +26,16 @@ def load_once(
 
 @triton.jit
 def look(
-    parameters_ptr, parameters_tangent_ptr, links, chain, n, k, coefficients, p, u, mask,
-    output_size, input_size, units,
-    parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+    numbers, parameters_tangent_ptr, links, chain, n, k, coefficients, p, u, mask, output_size, input_size, units,
+    parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, PADDING_VJP: tl.constexpr,
     TAPS: tl.constexpr, TANGENT: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """For places p in the output of map k of image n, u measured from the middle: the map's coefficients, as they are
-    if they have been loaded, and their tangents, the source coordinates before padding and, with TANGENT, the change
-    of those after it.
+    """For places p in the output of map k of image n, which has these numbers, u measured from the middle: the map's
+    coefficients, as they are if they have been loaded, and their tangents, the source coordinates before padding and,
+    with TANGENT, the change of those after it.
     """
-    numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
     chain = map_chain(chain, numbers, n, k)
     if len(coefficients) == 0:
         coefficients = LOAD(
@@ -60,14 +57,13 @@ def look(
 
 @triton.jit
 def samples_per_axis(
-    parameters_ptr, links, chain, n, k, p, mask, output_size, input_size, units, parameters_batch, parameters_strides,
+    numbers, links, chain, n, k, p, mask, output_size, input_size, units, parameters_strides,
     LOAD: tl.constexpr, TRANSFORM: tl.constexpr, SHRINK: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """How many samples along each axis make output pixels p, so many as the map shrinks: one number for the
     whole map where that is the same everywhere, else one for each lane.
     """
-    numbers = image_start(parameters_ptr, n, parameters_batch, parameters_strides) + k * parameters_strides[1]
     if SHRINK is not None:
         return SHRINK(
             LOAD(

@@ -31,10 +31,10 @@ from .coordinates import (
     block_mask,
     centred,
     corner_pointers,
+    exactly,
     image_start,
     lanes,
     load_block,
-    load_corner,
     load_fill,
     tile_count,
     tile_index,
@@ -97,17 +97,16 @@ def scatter_kernel(
     if NEED_PARAMETERS and SUMS:
         gradients = tuples.zeros(COEFFICIENTS, (lanes(BLOCK),), COMPUTE)
     held = load_once(
-        parameters_ptr, n, k, output_size, input_size, units, parameters_batch, parameters_strides,
-        LOAD, ONCE, ALIGN_CORNERS, COMPUTE, INDEX,
-    )  # fmt: skip
+        numbers, parameters_strides, output_size, input_size, units, LOAD, ONCE, ALIGN_CORNERS, COMPUTE, INDEX
+    )
     tile = program
     p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)
     for _turn in range(tl.cdiv(tiles - program, programs) if LOOP else 1):
         per_axis = SUPERSAMPLE
         if SUPERSAMPLE == 0:
             per_axis = samples_per_axis(
-                parameters_ptr, links, chain, n, k, p, mask, output_size, input_size, units,
-                parameters_batch, parameters_strides, LOAD, TRANSFORM, SHRINK, ALIGN_CORNERS, COMPUTE, INDEX,
+                numbers, links, chain, n, k, p, mask, output_size, input_size, units,
+                parameters_strides, LOAD, TRANSFORM, SHRINK, ALIGN_CORNERS, COMPUTE, INDEX,
             )  # fmt: skip
         count = power(per_axis, len(BLOCK)) if SUPERSAMPLE == 0 else SUPERSAMPLE ** len(BLOCK)
         share = 1.0 / tl.cast(count, COMPUTE)
@@ -118,9 +117,9 @@ def scatter_kernel(
                 u = sample_place(p, sample, per_axis, output_size, COMPUTE)
                 place = uncentred(u, output_size, COMPUTE)
             coefficients, tangents, x, t = look(
-                parameters_ptr, parameters_tangent_ptr, links, chain, n, k, held, place, u, mask,
+                numbers, parameters_tangent_ptr, links, chain, n, k, held, place, u, mask,
                 output_size, input_size, units,
-                parameters_batch, parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
+                parameters_tangent_batch, parameters_strides, parameters_tangent_strides,
                 LOAD, TRANSFORM, TRANSFORM_JVP, PADDING_VJP, TAPS, TANGENT, ALIGN_CORNERS, COMPUTE, INDEX,
             )  # fmt: skip
             wanted = mask & (sample < count) if VARIES else mask
@@ -217,7 +216,13 @@ def _visit(
         for block in tl.static_range(UNROLL):
             c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
             grad_output = load_block(
-                grad_output_ptr, p, c, grad_output_strides, block_mask(wanted, c, channels, WHOLE), INDEX, COMPUTE
+                grad_output_ptr,
+                exactly(p),
+                c,
+                grad_output_strides,
+                block_mask(wanted, c, channels, WHOLE),
+                INDEX,
+                COMPUTE,
             )
             if VARIES:
                 grad_output *= share[:, None]
@@ -264,11 +269,11 @@ def _visit(
                                 sem="relaxed",
                             )
                     if NEED_PARAMETERS:
-                        value = load_corner(input_ptr, where, c, input_strides, corner_mask, INDEX, COMPUTE)
+                        value = load_block(input_ptr, where, c, input_strides, corner_mask, INDEX, COMPUTE)
                         dot = tl.sum(value * grad_output, axis=1)
                         tangent_dot = dot
                         if INPUT_TANGENT:
-                            value = load_corner(
+                            value = load_block(
                                 input_tangent_ptr, where, c, input_tangent_strides, corner_mask, INDEX, COMPUTE
                             )
                             tangent_dot = tl.sum(value * grad_output, axis=1)

@@ -101,15 +101,15 @@ def scatter_tile(
     channels_last: bool,
     dtype: torch.dtype,
     taps: int,
-    whole: bool,
+    all_channels: bool,
     fixed: bool = False,
 ) -> Tile:
     """The tile of a program that owns output pixels and their gradients; it holds more than a gather.
 
-    `whole` gives each program all channels, where it is the one writer of its pixels' gradients;
+    `all_channels` gives each program all of them, where it is the one writer of its pixels' gradients;
     `fixed` is for sums in 64-bit integers.
     """
-    per_program = _power_of_two(channels) if whole else 64
+    per_program = _power_of_two(channels) if all_channels else 64
     most = (32 if taps <= 2 else 16) if channels_last else (4 if taps <= 2 else 1)
     cap = 168 if taps <= 2 and len(size) <= 2 and not fixed else 255
     tile = _tile(size, channels, channels_last, dtype, most, per_program, cap)

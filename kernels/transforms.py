@@ -325,15 +325,9 @@ def _load_matrix(
 
 @triton.jit
 def _store_matrix_vjp(
-    ptr,
-    gradients,
-    ROWS: tl.constexpr,
-    input_size,
-    output_size,
-    units,
-    ALIGN_CORNERS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):
+    ptr, gradients, ROWS: tl.constexpr, input_size, output_size, units,
+    ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
     columns: tl.constexpr = len(input_size) + 1
     for a in tl.static_range(ROWS):
         for b in tl.static_range(columns):

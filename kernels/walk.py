@@ -40,7 +40,7 @@ from .coordinates import (
     from_finer,
     image_start,
     lanes,
-    load_corner,
+    load_block,
     load_fill,
     tile_count,
     tile_index,
@@ -141,17 +141,9 @@ def walk_kernel(
                 value_tangents = ()
                 if NEED_PARAMETERS:
                     values = _load_channels(
-                        input_ptr,
-                        exactly(pixel),
-                        input_strides,
-                        pixel_mask,
-                        channels,
-                        BLOCK_C,
-                        UNROLL,
-                        WHOLE,
-                        INDEX,
-                        COMPUTE,
-                    )
+                        input_ptr, exactly(pixel), input_strides, pixel_mask, channels,
+                        BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
+                    )  # fmt: skip
                     if fill_ptr is not None:
                         values = _subtract_fill(values, fill_ptr, channels, COMPUTE)
                 if NEED_PARAMETERS and INPUT_TANGENT:
@@ -281,7 +273,7 @@ def _load_channels(
     for block in tl.static_range(UNROLL):
         c = _channels(block, BLOCK_C, UNROLL)
         in_block = block_mask(mask, c, channels, WHOLE)
-        blocks = blocks + (load_corner(ptr, place, c, strides, in_block, INDEX, COMPUTE),)
+        blocks = blocks + (load_block(ptr, place, c, strides, in_block, INDEX, COMPUTE),)
     return blocks
 
 

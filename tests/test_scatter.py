@@ -71,6 +71,6 @@ def test_lanes_side_by_side_share_atomics(backend, monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", counted)
     output = tri_stn.warp(image.requires_grad_(), case.transform(field), case.size)
     torch.autograd.grad(output, image, grad)
-    width = tiling.scatter_tile(case.size, 1, False, case.dtype, taps=2, whole=False).block[0]
+    width = tiling.scatter_tile(case.size, 1, False, case.dtype, taps=2, all_channels=False).block[0]
     rows = 8 + 7  # of upper corners, and of lower ones but for the last
     assert width == 16 and sum(added) == rows * 32 + rows

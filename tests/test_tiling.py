@@ -18,7 +18,7 @@ def blocks_of(size, channels, channels_last):
     layout = size, channels, channels_last, torch.float32, 2
     return [
         tiling.gather_tile(*layout),
-        tiling.scatter_tile(*layout, whole=False),
+        tiling.scatter_tile(*layout, all_channels=False),
         tiling.walk_tile(*layout, folds=False),
     ]
 
@@ -108,7 +108,7 @@ def larger_blocks(monkeypatch):
 @pytest.mark.parametrize("kind,padding_mode", [("affine", "border"), ("grid", "zeros")])
 def test_blocks_of_eight_warps_match_torch(backend, larger_blocks, kind, padding_mode):
     case = Case(kind=kind, size=(19, 33), input_size=(18, 20), images=1, padding_mode=padding_mode)
-    tile = tiling.scatter_tile(case.size, case.channels, False, case.dtype, taps=2, whole=False)
+    tile = tiling.scatter_tile(case.size, case.channels, False, case.dtype, taps=2, all_channels=False)
     assert (tile.block, tile.num_warps) == ((16, 16), 8)
     check(case, backend)
 
