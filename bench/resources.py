@@ -57,7 +57,8 @@ class Case:
     project: str = ""
     """Of the gather: a volume's output reduced along its depth."""
     large: bool = False
-    """An output so large that a program takes several of its tiles, for the sums over them to stay few."""
+    """So many pixels that a program takes several tiles of what it owns."""
+    maps: int = 1
 
     @property
     def stages(self) -> str:
@@ -72,7 +73,7 @@ class Case:
         words += ["tangent"] * self.tangent + ["deterministic"] * self.deterministic
         words += ["fill"] * self.fill
         words += [f"supersample={self.supersample}"] * (self.supersample != 1) + [self.project] * bool(self.project)
-        words += ["large"] * self.large
+        words += ["large"] * self.large + [f"K={self.maps}"] * (self.maps != 1)
         return " ".join(words)
 
 
@@ -198,6 +199,12 @@ def all_cases() -> list[tuple[Case, str]]:
     larger += cases("projective", linear, folding, tangent=True) + cases("affine", linear, folding, tangent=True)
     larger += cases("affine", linear, ("zeros",), size=(6, 8, 16)) + cases("affine", ("bicubic",), ("reflection",))
     once += [replace(case, large=True) for case in larger if case.kernel == "reduce"]
+    owners = [case for case in cases("affine", linear, ("zeros", "border")) if case.kernel in ("gather", "walk")]
+    owners += [replace(case, size=(6, 8, 16)) for case in owners]
+    owners = [case for case in owners if case.need_parameters]
+    once += [replace(case, large=True) for case in owners]
+    once += [replace(case, large=True, channels=3) for case in owners if case.padding_mode == "zeros"]
+    once += [replace(case, maps=3, **more) for case in owners if case.kernel == "walk" for more in ({}, wide)]
     return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
 
 
@@ -225,7 +232,9 @@ def compile_case(case: Case, arch: str):
     from tri_stn import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
 
     scale = {2: 64, 3: 24}[len(case.size)] if case.large else 0.5
-    image, output = _image(case, case.size), _image(case, tuple(max(1, int(n * scale)) for n in case.size))
+    size = tuple(max(1, int(n * scale)) for n in case.size)
+    image = _image(case, size if case.large and case.kernel == "walk" else case.size)
+    output = _image(case, size, case.maps)
     parameters, auxiliary = _map(case, output.shape[2:])
     tangents = (image, parameters) if case.tangent else (None, None)
     fill = torch.empty(case.channels, device="meta") if case.fill and case.padding_mode == "zeros" else None
@@ -266,7 +275,7 @@ def compile_case(case: Case, arch: str):
 
 
 def _map(case: Case, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The parameters of a pair of maps, and the field of a chain that has one."""
+    """The parameters of the maps of a pair of images, and the field of a chain that has one."""
     from tri_stn import points, reference
 
     dims, field = len(size), None
@@ -275,16 +284,18 @@ def _map(case: Case, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor 
         shape: tuple[int, ...] = (sum(points.LINKS[name].count(dims, *sizes) for name, sizes in links),)
         for name, sizes in links:
             if points.LINKS[name].reads_field:
-                field = torch.empty((2, 1, *size, *(sizes or (dims,))), device="meta")
+                field = torch.empty((2, case.maps, *size, *(sizes or (dims,))), device="meta")
     else:
         matrix = {"affine": (dims, dims + 1), "projective": (dims + 1, dims + 1)}
         shape = matrix.get(case.kind, (*size, dims))
-    return torch.empty((2, 1, *shape), device="meta"), field
+    return torch.empty((2, case.maps, *shape), device="meta"), field
 
 
-def _image(case: Case, size: tuple[int, ...]) -> torch.Tensor:
-    """A pair of images without memory; `far` puts the channels so far apart that only 64 bits reach the last."""
-    image = torch.empty(2, case.channels, *size, dtype=getattr(torch, case.dtype), device="meta")
+def _image(case: Case, size: tuple[int, ...], maps: int = 1) -> torch.Tensor:
+    """A pair of images without memory, or what maps of them make; `far` puts the channels so far apart that only 64
+    bits reach the last.
+    """
+    image = torch.empty(2 * maps, case.channels, *size, dtype=getattr(torch, case.dtype), device="meta")
     if case.channels_last:
         return image.contiguous(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[image.dim()])
     if case.far:

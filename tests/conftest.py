@@ -15,40 +15,7 @@ import tri_stn.kernels  # noqa: E402  here, while the variable is set, whichever
 import tri_stn  # noqa: E402
 
 if DEVICE == "cpu":
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    _cast = InterpreterBuilder.cast_impl
-
-    def _cast_rounding_bf16(self, src, dst_type):
-        """The interpreter truncates fp32 to bf16 and garbles fp64; every GPU rounds to nearest even."""
-        if src.dtype.scalar in (tl.float32, tl.float64) and dst_type.scalar == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
-            return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
-        return _cast(self, src, dst_type)
-
-    InterpreterBuilder.cast_impl = _cast_rounding_bf16
-
-    _patch_lang, _patched = interpreter._patch_lang, set()
-
-    def _patch_lang_once(fn):
-        """The interpreter patches the language anew for every call of a device function: half of its time."""
-        modules = {m.__name__ for m in fn.__globals__.values() if m is tl or m is tl.core}
-        if modules <= _patched:
-            return interpreter._LangPatchScope()
-        scope = _patch_lang(fn)
-        restore = scope.restore
-
-        def restore_and_forget():
-            restore()
-            _patched.difference_update(modules)
-
-        scope.restore = restore_and_forget
-        _patched.update(modules)
-        return scope
-
-    interpreter._patch_lang = _patch_lang_once
+    import interpreter  # noqa: F401
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -105,6 +105,7 @@ def test_register_budget(rows, kernel, stages, most):
 INSTRUCTIONS = {
     "gather affine 2-D bilinear zeros float32 contiguous C=1": "164",
     "gather affine 2-D bilinear zeros float32 contiguous C=3": "202",
+    "gather affine 2-D bilinear zeros float32 contiguous C=3 large": "105+134",
     "gather affine 2-D bilinear zeros float32 contiguous": "164+93",
     "gather affine 2-D bilinear zeros float32 channels_last": "282",
     "gather affine 2-D bilinear zeros bfloat16 contiguous C=1": "169",
@@ -113,6 +114,7 @@ INSTRUCTIONS = {
     "gather affine 2-D bilinear zeros bfloat16 channels_last": "259",
     "walk affine 2-D bilinear zeros float32 contiguous +theta C=1": "410+92+223+349",
     "walk affine 2-D bilinear zeros float32 contiguous +theta C=3": "413+142+82+217",
+    "walk affine 2-D bilinear zeros float32 contiguous +theta C=3 large": "337+90+149+82+220",
     "walk affine 2-D bilinear zeros float32 contiguous +theta": "442+299+90+89",
     "walk affine 2-D bilinear zeros float32 channels_last +theta": "423+192+93+116",
     "walk affine 2-D bilinear zeros bfloat16 contiguous +theta C=1": "413+93+226+357",

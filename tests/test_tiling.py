@@ -8,6 +8,8 @@ import torch
 from test_warp import check
 from tri_stn.kernels import tiling
 
+import tri_stn
+from tri_stn import kernels
 from tri_stn.testing import Case
 
 LAYOUTS = {"contiguous": (3, False), "channels_last": (64, True)}
@@ -152,6 +154,43 @@ SEVERAL = {
 def test_programs_that_take_several_tiles_match_torch(backend, several_tiles, case):
     check(case, backend)
     assert max(several_tiles) > 1
+
+
+OPTIONS = {
+    "fill": (Case(), {"fill": 0.5}),
+    "supersample": (Case(), {"supersample": 2}),
+    "as many samples as it shrinks": (Case(theta=((1.6, 0.3, 0.1), (-0.2, 1.7, 0.02))), {"antialias": True}),
+    "bicubic": (Case(mode="bicubic", padding_mode="reflection"), {}),
+    "fp64, corners": (Case(dtype=torch.float64, align_corners=True, channels=1), {}),
+    "projective": (Case(kind="projective", padding_mode="border"), {}),
+    "volume": (Case(size=(3, 5, 9), input_size=(3, 3, 5), channels=1), {}),
+    "projected": (Case(size=(2, 5, 17), input_size=(2, 2, 9), channels=1), {"project": "mean"}),
+}
+
+
+@pytest.mark.parametrize("backend", ["kernels"], indirect=True)
+@pytest.mark.parametrize("case,options", OPTIONS.values(), ids=OPTIONS)
+def test_several_tiles_change_nothing(backend, several_tiles, monkeypatch, case, options):
+    """Two gradients and, where there is one, a second: of what programs of one tile find, to its rounding."""
+    if len(case.size) == 2:
+        case = case.with_(size=(5, 17), input_size=(6, 18))
+    image, parameters, grad = case.tensors(backend)
+    grad = grad[:, :, 0] if "project" in options else grad
+    found = []
+    for enough in (1, 2**13):
+        monkeypatch.setattr(tiling, "_ENOUGH", enough)
+        kernels.launch.forget()
+        inputs = image.detach().requires_grad_(), parameters.detach().requires_grad_()
+        output = tri_stn.warp(inputs[0], case.transform(inputs[1]), case.size, **case.options, **options)
+        gradients = torch.autograd.grad(output, inputs, grad, create_graph=True)
+        found.append((max(several_tiles), output, *gradients))
+        if options.get("supersample", 1) == 1:
+            found[-1] += torch.autograd.grad(sum((g**2).sum() for g in gradients), inputs)
+        several_tiles.clear()
+    (several, *actual), (one, *expected) = found
+    assert several > 1 == one
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5 * float(e.detach().abs().amax()))
 
 
 def test_a_launch_has_programs_enough():
