@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -352,24 +351,22 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
         torch.version.hip = hip
 
 
-@functools.cache
-def _nvidia_tool(name: str) -> str:
-    """A CUDA binary tool that Triton's wheel carries."""
+def _nvidia_tool(name: str, *arguments: str) -> str:
+    """What a CUDA binary tool prints that Triton's wheel carries."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _nvidia_code(compiled) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [_nvidia_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run([_nvidia_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
+        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+        sass = _nvidia_tool("nvdisasm", "-c", "-ndf", file.name)  # without data flow: half of the time, the same text
     counts = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = [opcode for _, _, opcode, _ in _SASS.findall(sass.stdout) if opcode]
+    opcodes = [opcode for _, _, opcode, _ in _SASS.findall(sass) if opcode]
     widths = Counter(_nvidia_width(op) for op in opcodes if op.startswith("LDG."))
     atomics = [op for op in opcodes if re.match(r"(REDG?|ATOMG?)\b", op)]
     return {
@@ -379,7 +376,7 @@ def _nvidia_code(compiled) -> dict:
         "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
         "atomics": len(atomics),
         "cas_loops": sum(".CAS" in op for op in atomics),
-        "instructions": nvidia_instructions(sass.stdout),
+        "instructions": nvidia_instructions(sass),
     }
 
 
