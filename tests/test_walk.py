@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from tri_stn.kernels import transforms
 from tri_stn.kernels.coordinates import centred
+from tri_stn.kernels.interpolation import touches
 
 INPUT_SIZE, SIZE = (7, 9), (8, 10)  # y before x
 
@@ -117,3 +118,58 @@ def test_columns_of_ordinary_maps_are_known_beforehand(name, most):
     """
     *_, (columns, _lands) = bounds(torch.tensor(MAPS[name]), 1)
     assert columns == most
+
+
+@triton.jit
+def missed_kernel(
+    out_ptr, matrix_ptr, q_ptr, near_ptr, input_size, output_size, TAPS: tl.constexpr, SPAN: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """out (2, LANES): how many of SPAN × SPAN output pixels from `near` on touch each pixel q, as the forward rounds,
+    and how many of these a walk would not visit.
+    """
+    lane = tl.arange(0, LANES)
+    coefficients = ()
+    for i in tl.static_range(6):
+        coefficients = coefficients + (tl.load(matrix_ptr + i),)
+    q = (tl.load(q_ptr + lane), tl.load(q_ptr + LANES + lane))
+    near = (tl.load(near_ptr + lane), tl.load(near_ptr + LANES + lane))
+    _lands, bounds, most = transforms.affine_bounds(coefficients, input_size, output_size, TAPS // 2)
+    first_row, last_row = transforms.affine_rows(bounds, q, output_size)
+    touching = lane * 0
+    missed = lane * 0
+    for i in range(SPAN):
+        row = near[1] + i
+        u_row = centred((row,), output_size[1:], tl.float32)
+        first, last = transforms.affine_columns(bounds, coefficients, u_row, q, output_size)
+        last = tl.where(most > 0, tl.minimum(last, first + most - 1), last)
+        for j in range(SPAN):
+            column = near[0] + j
+            x = transforms.affine(coefficients, centred((column, row), output_size, tl.float32), input_size)
+            hit = touches(x[0], q[0], TAPS) & touches(x[1], q[1], TAPS)
+            visited = (row >= first_row[0]) & (row <= last_row[0]) & (column >= first) & (column <= last)
+            touching += hit.to(tl.int32)
+            missed += (hit & ~visited).to(tl.int32)
+    tl.store(out_ptr + lane, touching)
+    tl.store(out_ptr + LANES + lane, missed)
+
+
+@pytest.mark.parametrize("size", [(4097, 16384), (16384, 4097)])
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("name", ["identity", "a little", "turned by 30", "turned by 45", "upside down", "sheared"])
+def test_bounds_of_large_images_hold_all_that_the_forward_read(name, taps, size):
+    """To the bit: coordinates of thousands round by more than a thousandth of a pixel."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix, lanes, span = torch.tensor(MAPS[name]), 4096, 4 + 2 * taps
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor(size[::-1]).view(2, 1)  # x first, of the input and the output
+    u = (torch.rand(2, lanes, generator=generator) * 1.1 - 0.55) * (sizes - 1)
+    u[:, :8] = u[:, :8].sign() * (sizes - 1) / 2  # corners
+    q = (matrix[:, :2].double() @ u.double() + matrix[:, 2:] + (sizes - 1) / 2).round()
+    near = (u.round() + (sizes - 1) / 2 - span // 2).clamp(min=0).minimum(sizes - span).int()
+    out = torch.empty(2, lanes, dtype=torch.int32, device=device)
+    arguments = [t.to(device) for t in (matrix, q.float(), near)]
+    missed_kernel[(1,)](out, *arguments, size[::-1], size[::-1], taps, span, LANES=lanes)
+    touching, missed = out.cpu()
+    assert touching.count_nonzero() > lanes // 4
+    assert not missed.any()
