@@ -150,15 +150,8 @@ def gather_kernel(
                                     output += weight[:, None] * load_block(
                                         input_tangent_ptr, where, c, input_tangent_strides, readable, INDEX, COMPUTE
                                     )
-                        if SINGLE:  # stored at once: held back, it would cost the registers of all blocks
-                            _store(
-                                output_ptr, output, p, mask, c, channels, output_strides, fill_ptr, outside, 1.0,
-                                COMPUTE, INDEX, WHOLE,
-                            )  # fmt: skip
-                        else:
-                            totals = totals + (output,)
-                    if not SINGLE:
-                        outputs = totals
+                        totals = totals + (output,)
+                    outputs = totals
                 if PROJECT == "argmax":
                     larger, where = (), ()
                     for block in tl.static_range(UNROLL):
@@ -174,14 +167,13 @@ def gather_kernel(
                 inside_share = tl.where(outside == 0, 1.0, inside_share)
                 if (tl.program_id(1) == 0) & (first == 0):  # the others hold more channels of the same pixels
                     tl.store(at, inside_share.to(coverage_ptr.dtype.element_ty), mask=mask)
-            if not SINGLE:
-                layers = tl.cast(output_size[DIMS - 1], COMPUTE) if PROJECT == "mean" else 1.0
-                for block in tl.static_range(UNROLL):
-                    c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
-                    _store(
-                        output_ptr, outputs[block], p, mask, c, channels, output_strides, fill_ptr, outside, layers,
-                        COMPUTE, INDEX, WHOLE,
-                    )  # fmt: skip
+            layers = tl.cast(output_size[DIMS - 1], COMPUTE) if PROJECT == "mean" else 1.0
+            for block in tl.static_range(UNROLL):
+                c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+                _store(
+                    output_ptr, outputs[block], p, mask, c, channels, output_strides, fill_ptr, outside, layers,
+                    COMPUTE, INDEX, WHOLE,
+                )  # fmt: skip
 
 
 @triton.jit
