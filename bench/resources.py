@@ -88,6 +88,10 @@ class Resources:
     shared_bytes: int
     load_widths: dict[str, int]
     """Bits per thread of each global load → how many such instructions."""
+    loads_together: int
+    """The most global loads with no store or atomic between them: those that memory may serve at a time. One behind a
+    store comes after what that waits for.
+    """
     atomics: int
     cas_loops: int
     instructions: list[int]
@@ -199,11 +203,11 @@ def all_cases() -> list[tuple[Case, str]]:
     larger += cases("affine", linear, ("zeros",), size=(6, 8, 16)) + cases("affine", ("bicubic",), ("reflection",))
     once += [replace(case, large=True) for case in larger if case.kernel == "reduce"]
     owners = [case for case in cases("affine", linear, ("zeros", "border")) if case.kernel in ("gather", "walk")]
-    owners += [replace(case, size=(6, 8, 16)) for case in owners]
-    owners = [case for case in owners if case.need_parameters]
-    once += [replace(case, large=True) for case in owners]
+    owners = [replace(case, size=size) for case in owners if case.need_parameters for size in ((48, 64), (6, 8, 16))]
     once += [replace(case, large=True, channels=3) for case in owners if case.padding_mode == "zeros"]
-    once += [replace(case, maps=3, **more) for case in owners if case.kernel == "walk" for more in ({}, wide)]
+    walks = [case for case in owners if case.kernel == "walk"]
+    once += [replace(case, large=True) for case in walks]
+    once += [replace(case, maps=3, **more) for case in walks for more in ({}, wide)]
     return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
 
 
@@ -374,10 +378,20 @@ def _nvidia_code(compiled) -> dict:
         "spills": sum(op.startswith(("LDL", "STL")) for op in opcodes),
         "local_bytes": counts["STACK"] + counts["LOCAL"],
         "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
+        "loads_together": _longest_run(opcodes, r"LDG\b", r"(STG|REDG?|ATOMG?)\b"),
         "atomics": len(atomics),
         "cas_loops": sum(".CAS" in op for op in atomics),
         "instructions": nvidia_instructions(sass),
     }
+
+
+def _longest_run(opcodes: Iterable[str], counted: str, end: str) -> int:
+    """How many opcodes of a kind come with none of another between them, in the order of the code."""
+    longest = run = 0
+    for opcode in opcodes:
+        run = 0 if re.match(end, opcode) else run + bool(re.match(counted, opcode))
+        longest = max(longest, run)
+    return longest
 
 
 _SASS = re.compile(r"^(\.L\w+):|^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", re.MULTILINE)
@@ -443,6 +457,7 @@ def _amd_code(compiled) -> dict:
         "spills": metadata("vgpr_spill_count"),
         "local_bytes": metadata("private_segment_fixed_size"),
         "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
+        "loads_together": _longest_run(opcodes, r"(global|buffer)_load", r"(global|buffer|flat)_(store|atomic)"),
         "atomics": len(atomics),
         "cas_loops": sum("cmpswap" in op for op in atomics),
         "instructions": amd_instructions(code),

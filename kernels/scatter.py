@@ -210,25 +210,33 @@ def _visit(
         stop = tl.where(tl.max(wanted.to(tl.int32)) > 0, stop, start)
     # Of corners that are few, the products with grad_output are added up over all channels first.
     SUMS: tl.constexpr = TAPS <= 2 and NEED_PARAMETERS
+    # An atomic waits for what it adds, and all loads behind it with it: so they are under way together, before the
+    # atomics or, where corners are so many that registers run out, behind those of all channels.
+    READS_FIRST: tl.constexpr = TAPS <= 2
     dots = tuples.zeros(TAPS**AXES if SUMS else 0, (LANES,), COMPUTE)
     tangent_dots = dots if INPUT_TANGENT else ()
     for first in range(start, stop, UNROLL * BLOCK_C):
+        grad_outputs = ()
         for block in tl.static_range(UNROLL):
             c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
-            grad_output = load_block(
-                grad_output_ptr,
-                exactly(p),
-                c,
-                grad_output_strides,
-                block_mask(wanted, c, channels, WHOLE),
-                INDEX,
-                COMPUTE,
-            )
+            in_block = block_mask(wanted, c, channels, WHOLE)
+            grad_output = load_block(grad_output_ptr, exactly(p), c, grad_output_strides, in_block, INDEX, COMPUTE)
             if VARIES:
                 grad_output *= share[:, None]
             elif SUPERSAMPLE != 1:
                 grad_output *= share
-            if NEED_PARAMETERS and fill_ptr is not None:
+            grad_outputs = grad_outputs + (grad_output,)
+        if NEED_INPUT and not READS_FIRST:
+            largest = _add(
+                grad_input_ptr, grad_outputs, largest, scale, x, t, taps, wanted, takes, gives, first, channels,
+                input_size, grad_input_strides,
+                PADDING, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ALIGN_CORNERS, INDEX,
+                FOLDED_ONLY, FIXED, MEASURE, TANGENT, SHARES, AXES, ORDER, BLOCK, BLOCK_C, WHOLE,
+            )  # fmt: skip
+        for block in tl.static_range(UNROLL if NEED_PARAMETERS else 0):
+            c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+            grad_output = grad_outputs[block]
+            if fill_ptr is not None:
                 fill_dot += tl.sum(load_fill(fill_ptr, c, channels, COMPUTE) * grad_output, axis=1)
             for plane in range(1 if DIMS == AXES else TAPS):
                 last_taps = taps_along(
@@ -242,50 +250,30 @@ def _visit(
                     if FOLDED_ONLY and TAPS > 2:  # a cubic sample folds tap by tap
                         inside &= ~direct
                     corner_mask = block_mask(inside & wanted, c, channels, WHOLE)
-                    if NEED_INPUT:
-                        weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
-                        added = weight[:, None] * grad_output
-                        if MEASURE:
-                            size = tl.where(corner_mask, tl.abs(added), 0.0)
-                            largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
-                        else:
-                            adds = wanted
-                            if SHARES and corner_id % 2 == 0:
-                                right, right_slopes, _, _where, _inside, _direct = corner(
-                                    taps + last_taps, corner_id + 1, TAPS, ORDER
-                                )
-                                weight = product_jvp(right, right_slopes, t) if TANGENT else product(right)
-                                if TANGENT:  # which may not be finite where nothing is wanted
-                                    added = tl.where(wanted[:, None], added, 0.0)
-                                passed = _neighbour(weight[:, None] * grad_output, -1, BLOCK)
-                                added += tl.where(takes[:, None], passed, 0.0)
-                                adds = wanted | takes
-                            elif SHARES:
-                                adds = wanted & ~gives
-                            tl.atomic_add(
-                                corner_pointers(grad_input_ptr, where, c, grad_input_strides, INDEX),
-                                tl.floor(added * scale + 0.5).to(tl.int64) if FIXED else added,
-                                mask=block_mask(inside & adds, c, channels, WHOLE),
-                                sem="relaxed",
-                            )
-                    if NEED_PARAMETERS:
-                        value = load_block(input_ptr, where, c, input_strides, corner_mask, INDEX, COMPUTE)
-                        dot = tl.sum(value * grad_output, axis=1)
-                        tangent_dot = dot
+                    value = load_block(input_ptr, where, c, input_strides, corner_mask, INDEX, COMPUTE)
+                    dot = tl.sum(value * grad_output, axis=1)
+                    tangent_dot = dot
+                    if INPUT_TANGENT:
+                        value = load_block(
+                            input_tangent_ptr, where, c, input_tangent_strides, corner_mask, INDEX, COMPUTE
+                        )
+                        tangent_dot = tl.sum(value * grad_output, axis=1)
+                    if SUMS:
+                        dots = _add_at(dots, corner_id, dot)
                         if INPUT_TANGENT:
-                            value = load_block(
-                                input_tangent_ptr, where, c, input_tangent_strides, corner_mask, INDEX, COMPUTE
-                            )
-                            tangent_dot = tl.sum(value * grad_output, axis=1)
-                        if SUMS:
-                            dots = _add_at(dots, corner_id, dot)
-                            if INPUT_TANGENT:
-                                tangent_dots = _add_at(tangent_dots, corner_id, tangent_dot)
-                        else:
-                            grad_x, held_grad_x = _slopes(
-                                grad_x, held_grad_x, weights, slopes, curvatures, t, dot, tangent_dot,
-                                TANGENT, HOLDS, INPUT_TANGENT,
-                            )  # fmt: skip
+                            tangent_dots = _add_at(tangent_dots, corner_id, tangent_dot)
+                    else:
+                        grad_x, held_grad_x = _slopes(
+                            grad_x, held_grad_x, weights, slopes, curvatures, t, dot, tangent_dot,
+                            TANGENT, HOLDS, INPUT_TANGENT,
+                        )  # fmt: skip
+        if NEED_INPUT and READS_FIRST:
+            largest = _add(
+                grad_input_ptr, grad_outputs, largest, scale, x, t, taps, wanted, takes, gives, first, channels,
+                input_size, grad_input_strides,
+                PADDING, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ALIGN_CORNERS, INDEX,
+                FOLDED_ONLY, FIXED, MEASURE, TANGENT, SHARES, AXES, ORDER, BLOCK, BLOCK_C, WHOLE,
+            )  # fmt: skip
     if SUMS:
         for corner_id in tl.static_range(TAPS**AXES):
             weights, slopes, curvatures, _where, _inside, _direct = corner(taps, corner_id, TAPS, ORDER)
@@ -295,6 +283,58 @@ def _visit(
                 TANGENT, HOLDS, INPUT_TANGENT,
             )  # fmt: skip
     return grad_x, held_grad_x, fill_dot, largest
+
+
+@triton.jit
+def _add(
+    grad_input_ptr, grad_outputs, largest, scale, x, t, taps, wanted, takes, gives, first, channels,
+    input_size, strides,
+    PADDING: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr,
+    TAPS: tl.constexpr, ALIGN_CORNERS: tl.constexpr, INDEX: tl.constexpr,
+    FOLDED_ONLY: tl.constexpr, FIXED: tl.constexpr, MEASURE: tl.constexpr, TANGENT: tl.constexpr, SHARES: tl.constexpr,
+    AXES: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What a sample of each pixel gives to the channels of grad_input from the first on, added there corner by corner;
+    with MEASURE the largest so far.
+    """
+    for block in tl.static_range(len(grad_outputs)):
+        c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
+        grad_output = grad_outputs[block]
+        for plane in range(1 if len(x) == AXES else TAPS):
+            last_taps = taps_along(
+                x[AXES:], input_size[AXES:], plane, PADDING, ALIGN_CORNERS,
+                WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, ORDER,
+            )  # fmt: skip
+            for corner_id in tl.static_range(TAPS**AXES):
+                weights, slopes, _, where, inside, direct = corner(taps + last_taps, corner_id, TAPS, ORDER)
+                if FOLDED_ONLY and TAPS > 2:
+                    inside &= ~direct
+                weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
+                added = weight[:, None] * grad_output
+                if MEASURE:
+                    size = tl.where(block_mask(inside & wanted, c, channels, WHOLE), tl.abs(added), 0.0)
+                    largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
+                else:
+                    adds = wanted
+                    if SHARES and corner_id % 2 == 0:
+                        right, right_slopes, _, _where, _inside, _direct = corner(
+                            taps + last_taps, corner_id + 1, TAPS, ORDER
+                        )
+                        weight = product_jvp(right, right_slopes, t) if TANGENT else product(right)
+                        if TANGENT:  # which may not be finite where nothing is wanted
+                            added = tl.where(wanted[:, None], added, 0.0)
+                        passed = _neighbour(weight[:, None] * grad_output, -1, BLOCK)
+                        added += tl.where(takes[:, None], passed, 0.0)
+                        adds = wanted | takes
+                    elif SHARES:
+                        adds = wanted & ~gives
+                    tl.atomic_add(
+                        corner_pointers(grad_input_ptr, where, c, strides, INDEX),
+                        tl.floor(added * scale + 0.5).to(tl.int64) if FIXED else added,
+                        mask=block_mask(inside & adds, c, channels, WHOLE),
+                        sem="relaxed",
+                    )
+    return largest
 
 
 @triton.jit

@@ -50,7 +50,13 @@ class Tile:
         return _quotient(self.count(size), self.tiles)
 
     def for_images(self, images: int, channels: int, size: Sequence[int]) -> "Tile":
-        """The same with as many tiles for a program as leave programs enough, and few turns without a tile."""
+        """The same with as many tiles for a program as leave programs enough, and few turns without a tile.
+
+        One, where a program walks over blocks of channels: that takes much longer than what it does once, and in a loop
+        over tiles as well it holds so many numbers that a third fewer programs fit.
+        """
+        if self.channels_per_program > self.unroll * self.block_c:
+            return self
         programs, count = math.prod(self.grid(images, channels, size)), self.count(size)
         even = (n for n in (8, 4, 2) if programs >= n * _ENOUGH and _quotient(count, n) * n <= 1.125 * count)
         return replace(self, tiles=next(even, 1))

@@ -198,6 +198,8 @@ def test_a_launch_has_programs_enough():
     tile = tiling.gather_tile((1024, 1024), 3, False, torch.float32, taps=2)
     assert tile.for_images(64, 3, (1024, 1024)).tiles == 8
     assert tile.for_images(1, 3, (224, 224)).tiles == 1
+    many = tiling.gather_tile((1024, 1024), 32, False, torch.float32, taps=2)
+    assert many.for_images(64, 32, (1024, 1024)) == many, "blocks of channels are turns enough"
     for images in (1, 2, 3, 17, 64, 1000):
         several = tile.for_images(images, 3, (1024, 1024))
         programs = images * several.programs((1024, 1024))
