@@ -139,7 +139,7 @@ def walk_tile(
     # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
     most = 32 if channels_last else 8
     several = several and channels > 4 and not channels_last
-    steps = max(folds, several, (taps > 2 or len(size) > 2) + tangent)
+    steps = max(folds, (taps > 2 or len(size) > 2) + (tangent or several))
     return _tile(size, channels, channels_last, dtype, most, per_program=0, cap=(128, 168, 255)[steps])
 
 
