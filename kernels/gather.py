@@ -167,6 +167,7 @@ def gather_kernel(
                 inside_share = tl.where(outside == 0, 1.0, inside_share)
                 if (tl.program_id(1) == 0) & (first == 0):  # the others hold more channels of the same pixels
                     tl.store(at, inside_share.to(coverage_ptr.dtype.element_ty), mask=mask)
+            # Not sooner: loads of other channels behind a store would wait for the numbers that it stores.
             layers = tl.cast(output_size[DIMS - 1], COMPUTE) if PROJECT == "mean" else 1.0
             for block in tl.static_range(UNROLL):
                 c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)
