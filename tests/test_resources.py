@@ -147,7 +147,7 @@ def test_instruction_budget(rows, name):
         ("gather affine 2-D bilinear zeros bfloat16 contiguous C=3", 12),
         ("gather affine 2-D bilinear zeros float32 contiguous", 16),
         ("gather affine 3-D bilinear zeros float32 contiguous", 32),
-        ("walk affine 2-D bilinear zeros float32 contiguous +theta C=3", 9),
+        ("walk affine 2-D bilinear zeros float32 contiguous +theta C=3", 18),  # and its map and pixel before
         ("scatter displacement 2-D bilinear zeros float32 contiguous +theta C=3", 15),
         ("scatter displacement 2-D bilinear zeros float32 contiguous +theta", 20),
     ],
