@@ -10,6 +10,7 @@ demo: .venv/demo.stamp  ## train a CNN with and without a spatial transformer; w
 
 test: .venv/test.stamp  ## everything that needs no GPU, and what needs one where there is one
 	$(BIN)/python -m pytest -n 2 --ignore tests/test_resources.py
+	EMULATE=sm_90 $(BIN)/python -m pytest -n 2 $(addprefix tests/test_,emulator.py traffic.py walk.py scatter.py tiling.py)
 	$(BIN)/python -m pytest tests/test_resources.py
 
 lint: .venv/test.stamp

@@ -298,16 +298,11 @@ def _traffic(arguments: argparse.Namespace) -> int:
     chosen = [w for w in WORKLOADS + SWEEPS if arguments.name in str(w) and not w.deterministic]
     if not chosen:
         return _refuse("No workload has that in its name; python -m bench --list names them all.")
-    if reasons := [reason for w in chosen if (reason := traffic.unavailable(w))]:
-        return _refuse(reasons[0])
+    if arguments.tile and (volumes := [w for w in chosen if len(w.size) != 2]):
+        return _refuse(f"--tile is for images; {volumes[0]} is of volumes, whose tiles are as they are.")
     print("Counted, not measured: no time follows from these numbers.")
     for workload in chosen:
-        rows: list[traffic.Traffic] = []
-        try:
-            for block in arguments.tile or [None]:
-                rows += traffic.count(workload, block, arguments.programs)
-        except ValueError as error:
-            return _refuse(str(error))
+        rows = [row for block in arguments.tile or [None] for row in traffic.count(workload, block, arguments.programs)]
         print(f"\n{workload}\n")
         print((markdown if arguments.markdown else table)(traffic.HEADERS, map(traffic.cells, rows)))
     return 0

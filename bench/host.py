@@ -9,17 +9,14 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 import tri_stn
-from tri_stn import ops
 
 from .measure import wall_times
-from .resources import Driver
+from .resources import kernels_on_the_cpu, launched_by
 
 HEADERS = ("step", "launches", "forward, µs", "forward + backward, µs")
 Step = Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]
@@ -30,28 +27,9 @@ _SHAPE = 8, 1, 28, 28
 @contextlib.contextmanager
 def nothing_runs(arch: str = "sm_90") -> Iterator[list]:
     """Tensors on the CPU take the kernels' road, up to the call that would start one: (kernel, grid, arguments)."""
-    from triton.compiler import CompiledKernel
-    from triton.runtime import driver
-
     started: list = []
-    kernels = ops.kernels()
-
-    def start(kernel: Any) -> Callable[..., None]:
-        # Before its own arguments: grid, stream, function, metadata of two kinds, two hooks.
-        return lambda *given: started.append((kernel, given[:3], given[9:]))
-
-    with (
-        mock.patch.object(ops, "_is_plain", lambda *_: False),
-        mock.patch.object(ops, "_backend", lambda *_: kernels),
-        mock.patch.object(driver, "_active", Driver(arch)),
-        mock.patch.object(CompiledKernel, "run", property(start)),
-        mock.patch.object(CompiledKernel, "_init_handles", lambda _: None),
-    ):
-        kernels.launch.forget()
-        try:
-            yield started
-        finally:
-            kernels.launch.forget()
+    with kernels_on_the_cpu(), launched_by(lambda *start: started.append(start), arch):
+        yield started
 
 
 def steps() -> dict[str, Step]:

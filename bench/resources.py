@@ -16,10 +16,11 @@ import subprocess
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -323,6 +324,41 @@ class Driver:
 
     def get_current_stream(self, device) -> int:
         return 0
+
+
+@contextlib.contextmanager
+def launched_by(start: Callable[..., None], arch: str = "sm_90") -> Iterator[None]:
+    """Kernels are compiled for an architecture, and handed to start(kernel, grid, arguments) instead of a device."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    def run(kernel: Any) -> Callable[..., None]:
+        # Before its own arguments: grid, stream, function, metadata of two kinds, two hooks.
+        return lambda *given: start(kernel, given[:3], given[9:])
+
+    with (
+        mock.patch.object(driver, "_active", Driver(arch)),
+        mock.patch.object(CompiledKernel, "run", property(run)),
+        mock.patch.object(CompiledKernel, "_init_handles", lambda _: None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def kernels_on_the_cpu() -> Iterator[None]:
+    """Tensors on the CPU take the kernels' road; with `launched_by`, to its end."""
+    from tri_stn import ops
+
+    kernels = ops.kernels()
+    with (
+        mock.patch.object(ops, "_is_plain", lambda *_: False),
+        mock.patch.object(ops, "_backend", lambda *_: kernels),
+    ):
+        kernels.launch.forget()
+        try:
+            yield
+        finally:
+            kernels.launch.forget()
 
 
 @contextlib.contextmanager

@@ -1,10 +1,18 @@
-"""Where the tests run: on a CUDA device if there is one, else through Triton's interpreter."""
+"""Where the tests run: on a CUDA device if there is one; else through Triton's interpreter or, where EMULATE names an
+architecture, what its compiler makes of the kernels for that, emulated.
+"""
 
 import os
 
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EMULATE = os.environ.get("EMULATE") if DEVICE == "cpu" else None
+if EMULATE:
+    os.environ.pop("TRITON_INTERPRET", None)
+    from triton import knobs
+
+    knobs.runtime.interpret = False  # whatever the variable says, which sends tensors on the CPU to the kernels
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, so before they are
 
@@ -14,7 +22,12 @@ import tri_stn.kernels  # noqa: E402  here, while the variable is set, whichever
 
 import tri_stn  # noqa: E402
 
-if DEVICE == "cpu":
+if EMULATE:
+    from bench import emulator
+
+    emulation = emulator.emulated(EMULATE)  # until the end
+    emulation.__enter__()
+elif DEVICE == "cpu":
     import interpreter  # noqa: F401
 
 
@@ -28,7 +41,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
 
 
-@pytest.fixture(params=["kernels", "reference"])
+compiled = pytest.mark.skipif(
+    DEVICE == "cpu" and not EMULATE, reason="kernels are interpreted here; EMULATE=sm_90 runs what is compiled of them"
+)
+"""Of tests that need kernels to be compiled; whether for a device does not matter."""
+
+
+interpreted = pytest.mark.skipif(DEVICE == "cuda" or bool(EMULATE), reason="looks into Triton's interpreter")
+
+
+@pytest.fixture(params=["kernels"] if EMULATE else ["kernels", "reference"])
 def backend(request, monkeypatch):
     """The device to put tensors on so that warp runs the kernels, or the reference."""
     if request.param == "kernels":

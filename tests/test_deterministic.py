@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, interpreted
 from tri_stn.kernels import tiling
 
 import tri_stn
 from tri_stn.testing import Case, assert_accurate, warp_truth
 
-INTERPRETED = pytest.mark.skipif(DEVICE != "cpu", reason="turns the interpreter's loop around")
 SCATTERED = [
     Case(kind="grid", size=(40, 9), input_size=(3, 2)),
     Case(kind="displacement", size=(40, 9), input_size=(3, 2), mode="bicubic", dtype=torch.bfloat16),
@@ -46,7 +45,7 @@ def grad_input(case, device):
     )[0]
 
 
-@INTERPRETED
+@interpreted
 @pytest.mark.parametrize("case", SCATTERED, ids=str)
 def test_order_of_programs_does_not_matter(deterministic, turn_around, case):
     first = grad_input(case, DEVICE)
@@ -54,7 +53,7 @@ def test_order_of_programs_does_not_matter(deterministic, turn_around, case):
     assert torch.equal(first, grad_input(case, DEVICE))
 
 
-@INTERPRETED
+@interpreted
 @pytest.mark.parametrize("most", [2**18, 20])
 @pytest.mark.parametrize("kind", ["affine", "projective"])
 def test_nor_to_the_gradient_of_a_matrix(turn_around, monkeypatch, kind, most):
@@ -72,7 +71,7 @@ def test_nor_to_the_gradient_of_a_matrix(turn_around, monkeypatch, kind, most):
     assert torch.equal(first, grad_matrix())
 
 
-@INTERPRETED
+@interpreted
 def test_order_matters_to_the_fast_path(turn_around):
     """Without the mode, sums are rounded in the order in which they come: what the tests above would see."""
     first = grad_input(SCATTERED[0], DEVICE)

@@ -5,6 +5,7 @@ spared.
 import numpy as np
 import pytest
 import torch
+from conftest import interpreted
 from test_warp import compare
 from tri_stn.kernels import tiling
 from triton.runtime.interpreter import InterpreterBuilder
@@ -57,7 +58,7 @@ def test_an_infinite_gradient_reaches_its_four_pixels_alone(backend):
 
 
 @kernels
-@pytest.mark.skipif(torch.cuda.is_available(), reason="atomics are counted by the interpreter")
+@interpreted
 def test_lanes_side_by_side_share_atomics(backend, monkeypatch):
     """Of 4 corners each lane adds 2, but for the last of a row of the tile, which adds all that lie in the image."""
     case = Case(kind="pixel_displacement", size=(8, 32), input_size=(8, 32), images=1, channels=1)

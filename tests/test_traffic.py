@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import compiled
 
 from bench import traffic
 from bench.__main__ import main
 from bench.maps import Maps, Points
 from bench.workloads import Workload
 
+pytestmark = compiled
 # One channel: every number below is of one plane. All tiles are counted, so that means are exact.
 PLAIN = Workload("plain", 1, 1, (64, 64), (64, 64), Maps((1, 1)), gradients=("input", "theta"))
 
@@ -61,36 +64,38 @@ def test_half_the_size_by_hand():
     assert (half.sectors_per_request, half.sectors, half.lines) == (2 * 2, 16 * 2, 16)
 
 
-def test_the_walk_visits_three_by_three_candidates_of_the_identity():
-    """Each pixel's samples lie within one of it: 3 x 3, of which 2 x 2 have it as a tap."""
-    walk = _rows(PLAIN, (16, 8))["walk", "grad_output"]
-    gather = _rows(PLAIN, (16, 8))["gather", "input"]
-    assert walk.sectors == pytest.approx(gather.sectors)  # the neighbours to the left and above, instead
+def _memory(row):
+    """What a row says of memory, whatever kernel it is of."""
+    return replace(row, kernel="", instructions=0)
+
+
+def _threads(row):
+    """How many read or wrote anything, of one that asked for it."""
+    return row.threads_in_use * row.requests * 32
+
+
+def test_the_walk_reads_a_sample_for_each_tap_inside_the_image():
+    """Of the identity each pixel's samples lie within one of it: 3 x 3 candidates, of which 2 x 2 have it as a tap."""
     shifted = replace(PLAIN, transform=Maps((1, 1), shift=(0.3 / 32, 0.3 / 32)))
-    theta = shifted.transform.draw(1, shifted.size, 0).double().numpy()
-    tile = traffic._sample(traffic._shaped(_tile(), (16, 8)), (64, 64), 1, 10**6, 0)
-    _, (x, y), mask = tile
-    for workload, candidates in ((PLAIN, 9), (shifted, 4)):
-        numbers = workload.transform.draw(1, workload.size, 0).double().numpy() if workload is PLAIN else theta
-        steps = traffic._candidates(workload, numbers, x, y, mask)
-        assert len(steps) == candidates
-        assert sum(hit.sum() for _, hit in steps) == (64 * 2 - 1) ** 2  # every sample's taps inside the image
+    found = [_rows(workload, (16, 8)) for workload in (PLAIN, shifted)]
+    for rows in found:
+        walk, gather = rows["walk", "grad_output"], rows["gather", "input"]
+        assert _threads(walk) * 32 == pytest.approx((64 * 2 - 1) ** 2)
+        assert walk.sectors == pytest.approx(gather.sectors)  # the neighbours to the left and above, instead
+        assert rows["walk", "grad_input"].by_program == rows["walk", "grad_input"].floor
+    plain, moved = (rows["walk", "input"].instructions for rows in found)
+    assert plain > 1.3 * moved, "9 candidates for 4"
 
 
-def test_the_walk_visits_every_tap_that_the_gather_reads():
-    """Its bounds, as the kernel's, lose nothing: turned and stretched, as many taps are found from both sides."""
-    workload = replace(PLAIN, transform=Maps((0.8, 1.2), angle=(33, 33), shift=(-0.2, 0.2)), input_size=(48, 40))
-    theta = workload.transform.draw(1, workload.size, 3).double().numpy()
-    _, (x, y), mask = traffic._sample(_tile(), workload.input_size, 1, 10**6, 0)
-    hits = sum(hit.sum() for _, hit in traffic._candidates(workload, theta, x, y, mask))
-    _, (x, y), mask = traffic._sample(_tile(), workload.size, 1, 10**6, 0)
-    at = [a[mask] for a in traffic._look(workload, theta, x, y)]
-    taps = 0
-    for dx in (0, 1):
-        for dy in (0, 1):
-            tx, ty = at[0] // 1 + dx, at[1] // 1 + dy
-            taps += ((tx >= 0) & (tx < 40) & (ty >= 0) & (ty < 48)).sum()
-    assert hits == taps > 0
+@pytest.mark.parametrize("size", [(48, 40), (6, 7, 20)])
+def test_the_walk_visits_every_tap_that_the_gather_reads(size):
+    """Its bounds lose nothing: turned and stretched, as many taps are found from both sides."""
+    turned = replace(PLAIN, transform=Maps((0.8, 1.2), angle=(33, 33), shift=(-0.2, 0.2)), batch=2, seed=3)
+    rows = _rows(replace(turned, size=size, input_size=size[:-1] + (33,)), None)
+    walk, gather = rows["walk", "grad_output"], rows["gather", "input"]
+    tiles = [math.prod(-(-n // b) for n, b in zip(s, (4, 4, 8) if len(size) == 3 else (8, 16), strict=True))
+             for s in (size[:-1] + (33,), size)]  # fmt: skip
+    assert _threads(walk) * tiles[0] == pytest.approx(_threads(gather) * tiles[1]) and _threads(walk) > 0
 
 
 def test_channels_last_by_hand():
@@ -117,8 +122,8 @@ def test_a_scatter_adds_where_the_gather_reads_in_fp32(dtype):
     gather = _rows(affine, (16, 8))
     dense = _rows(replace(affine, transform=Shifted()), (16, 8))
     for tensor in ("input", "output"):
-        assert dense["gather", tensor] == gather["gather", tensor]
-    assert replace(dense["scatter", "input"], kernel="gather") == dense["gather", "input"]
+        assert _memory(dense["gather", tensor]) == _memory(gather["gather", tensor])
+    assert _memory(dense["scatter", "input"]) == _memory(dense["gather", "input"])
     # As in the identity by hand: 2 sectors for the left corners of a warp's row in 4 tiles. Of the right ones, the last
     # lane's is left, the others being the left ones of the next lane; there is none in the last tile.
     added = dense["scatter", "grad_input"]
@@ -137,17 +142,8 @@ def test_the_command_prints_what_it_counted_and_refuses_the_rest(capsys):
     printed = capsys.readouterr().out
     assert "not measured" in printed
     assert "32x4" in printed
-    assert main(["traffic", "volume_flow"]) == 2
-    assert "2-D" in capsys.readouterr().err
+    assert main(["traffic", "volume_flow", "--tile", "16x8"]) == 2
+    assert "of volumes" in capsys.readouterr().err
     assert main(["traffic", "no such workload"]) == 2
     with pytest.raises(SystemExit):
         main(["traffic", "mnist_28", "--tile", "16"])
-    magnified = replace(PLAIN, transform=Maps((0.005, 0.005)), size=(400, 400))
-    with pytest.raises(ValueError, match="lanes share pixels"):
-        _rows(magnified, (16, 8))
-
-
-def _tile():
-    from tri_stn.kernels import tiling
-
-    return tiling.Tile((16, 8), 1, 1, 1, 4, 128)
