@@ -350,10 +350,7 @@ def kernels_on_the_cpu() -> Iterator[None]:
     from tri_stn import ops
 
     kernels = ops.kernels()
-    with (
-        mock.patch.object(ops, "_is_plain", lambda *_: False),
-        mock.patch.object(ops, "_backend", lambda *_: kernels),
-    ):
+    with mock.patch.object(ops, "_takes_kernels", lambda _: True):
         kernels.launch.forget()
         try:
             yield

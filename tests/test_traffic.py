@@ -12,7 +12,7 @@ from conftest import compiled
 
 from bench import traffic
 from bench.__main__ import main
-from bench.maps import Maps, Points
+from bench.maps import Fields, Maps, Points
 from bench.workloads import Workload
 
 pytestmark = compiled
@@ -135,6 +135,14 @@ def test_a_scatter_adds_where_the_gather_reads_in_fp32(dtype):
 def test_a_scatter_without_the_inputs_gradient_adds_nothing():
     rows = _rows(replace(PLAIN, gradients=("theta",)), (16, 8))
     assert {tensor for kernel, tensor in rows if kernel == "scatter"} == {"grad_output", "input"}
+
+
+def test_a_field_and_its_gradient_are_read_and_written_in_whole_rows():
+    """In the memory of a network's output, one component after the other: of 16 x 2 pixels of a warp 4 sectors."""
+    rows = _rows(replace(PLAIN, transform=Fields(1.0)), (16, 8))
+    for kernel, tensor in (("gather", "parameters"), ("scatter", "parameters"), ("scatter", "gradients")):
+        row = rows[kernel, tensor]
+        assert (row.requests, row.sectors_per_request, row.by_request) == (2 * 4, 4, row.floor)
 
 
 def test_the_command_prints_what_it_counted_and_refuses_the_rest(capsys):

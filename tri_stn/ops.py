@@ -127,7 +127,12 @@ def _allocate_gradients(
     layout = _CHANNELS_LAST[grad_output.dim()] if need_input and channels_last else torch.contiguous_format
     shape = (batch, grad_output.shape[1], *input_size) if need_input else (0,)
     grad_input = torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
-    grad_parameters = parameters.new_empty((batch, *parameters.shape[1:]) if need_parameters else (0,))
+    # From the kernels, a field's gradient lies in memory as the field does, which is as its network gave it and takes it
+    # back; from torch's sampler on the CPU it comes as pairs.
+    if need_parameters and parameters.shape[0] == batch and _takes_kernels(parameters):
+        grad_parameters = torch.empty_like(parameters)
+    else:
+        grad_parameters = parameters.new_empty((batch, *parameters.shape[1:]) if need_parameters else (0,))
     grad_auxiliary = torch.empty_like(auxiliary) if need_auxiliary else parameters.new_empty(0)  # type: ignore[arg-type]
     return grad_input, grad_parameters, grad_auxiliary
 
@@ -273,23 +278,26 @@ def is_deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 
 
+def _takes_kernels(tensor: Tensor) -> bool:
+    """Whether it is on a GPU, or kernels are interpreted."""
+    return tensor.device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _is_plain(
     image: Tensor, auxiliary: Tensor | None, fill: Tensor | None, input_tangent: Tensor | None,
     parameters_tangent: Tensor | None, *options: Any,
 ) -> bool:  # fmt: skip
     """Whether `cpu` may serve: a CPU tensor outside of Triton's interpreter, one sample per pixel, nothing beside."""
-    if image.device.type != "cpu" or options[-1] != 1 or os.environ.get("TRITON_INTERPRET") == "1":
+    if _takes_kernels(image) or options[-1] != 1:
         return False
     return auxiliary is None and fill is None and input_tangent is None and parameters_tangent is None
 
 
 def _backend(image: Tensor, rows: bool = False) -> ModuleType:
     """Where a tensor's work is done: the kernels, or on the CPU the reference, of pixels that may be rows."""
-    if image.device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return kernels()
+    if not _takes_kernels(image):
         return cpu_rows if rows else reference
-    if image.device.type == "cuda":
+    if image.device.type in ("cpu", "cuda"):
         return kernels()
     raise NotImplementedError(
         f"tri_stn runs on CUDA and ROCm devices and on the CPU; got a tensor on {image.device}. "
