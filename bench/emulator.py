@@ -65,7 +65,7 @@ def run(kernel: Any, grid: Grid, arguments: Sequence[Any], watch: Watch) -> None
     """A compiled kernel, on the arguments of a launch."""
     program = _program(kernel.asm["ptx"])
     given = list(flat(kernel.src.signature.values(), arguments))
-    memory = Memory(argument for argument in given if isinstance(argument, torch.Tensor))
+    memory = Memory([argument for argument in given if isinstance(argument, torch.Tensor)], program.tables.values())
     values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
     values += [0] * (len(program.parameters) - len(values))  # scratch memory that nobody asked for
     parameters = {n: constant(v, TYPES[kind]) for (n, kind), v in zip(program.parameters.items(), values, strict=True)}
@@ -97,10 +97,11 @@ class MisalignedError(Exception):
 
 
 class Memory:
-    """The tensors that a kernel was given, by address."""
+    """The tensors that a kernel was given, and tables of its own, by address."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], tables: Iterable[Array]) -> None:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        storages |= {table.ctypes.data: table.nbytes for table in tables}
         self.starts = sorted(start for start, size in storages.items() if size)
         self.sizes = [storages[start] for start in self.starts]
 

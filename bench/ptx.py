@@ -26,7 +26,8 @@ WARP = 32
 ATOMIC: dict[str, np.ufunc] = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 _EXPRESSIONS = {
-    "abs": "np.abs({})", "neg": "(-{})", "not": "(~{})", "and": "({} & {})", "or": "({} | {})", "xor": "({} ^ {})",
+    "abs": "np.abs({})", "neg": "(-{})", "copysign": "np.copysign({1}, {0})",
+    "not": "(~{})", "and": "({} & {})", "or": "({} | {})", "xor": "({} ^ {})",
     "mul": "({} * {})", "mul.hi": "high({}, {})", "mul.wide": "(wide({}) * wide({}))", "fma": "fused({}, {}, {})",
     "min": "np.fmin({}, {})", "min.NaN": "np.minimum({}, {})", "max": "np.fmax({}, {})",
     "max.NaN": "np.maximum({}, {})", "max.relu": "np.maximum(np.maximum({}, {}), 0)", "rem": "remainder({}, {})",
@@ -57,6 +58,8 @@ class Program:
         body = body.split("\n}", 1)[0]
         self.parameters = {name: kind for kind, name in re.findall(r"\.param \.(\w+)[^,)]*?(\w+_param_\d+)", head)}
         self.threads = int(_match(r".*\.reqntid (\d+)", head)[0])
+        tables = re.findall(r"\.global \.align \d+ \.b8 (\w+)\[\d+\] = \{([^}]*)\}", text)
+        self.tables = {name: np.array([int(byte, 0) for byte in table.split(",")], U1) for name, table in tables}
         self.constants: list[Array] = []
         self.registers: dict[str, int] = {}
         self.labels: dict[str, int] = {}
@@ -159,6 +162,8 @@ class Program:
             return f"{value}.{'view' if stored.itemsize == dtype.itemsize else 'astype'}({_name(dtype)})"
         if operand in ("global_smem", "__local_depot0"):  # where memory of a kind begins
             operand = "0"
+        if operand in self.tables:
+            operand = str(self.tables[operand].ctypes.data)
         if operand.startswith(("0f", "0d")):
             number = np.array([int(operand[2:], 16)], UNSIGNED[dtype.itemsize]).view(dtype)
         else:

@@ -90,8 +90,8 @@ class Resources:
     load_widths: dict[str, int]
     """Bits per thread of each global load → how many such instructions."""
     loads_together: int
-    """The most global loads with no store or atomic between them: those that memory may serve at a time. One behind a
-    store comes after what that waits for.
+    """The most global loads with no store or atomic between them, in the order of the code: memory serves no more at a
+    time, as one behind a store comes after what that waits for. Loads that wait for each other are not told apart.
     """
     atomics: int
     cas_loops: int
@@ -209,7 +209,12 @@ def all_cases() -> list[tuple[Case, str]]:
     walks = [case for case in owners if case.kernel == "walk"]
     once += [replace(case, large=True) for case in walks]
     once += [replace(case, maps=3, **more) for case in walks for more in ({}, wide)]
-    return [(case, arch) for case in everywhere for arch in ARCHITECTURES] + [(case, "sm_90") for case in once]
+    hungry = cases("grid", ("bicubic",), ("zeros",), channels_last=True, tangent=True)
+    hungry.append(replace(volume, project="sum", tangent=True, fill=True))
+    on = dict.fromkeys(ARCHITECTURES, everywhere)
+    on["sm_80"] = everywhere + hungry  # whose compiler spills first
+    on["sm_90"] = everywhere + once
+    return [(case, arch) for arch, some in on.items() for case in some]
 
 
 def measure(case: Case, arch: str) -> Resources:
@@ -411,14 +416,14 @@ def _nvidia_code(compiled) -> dict:
         "spills": sum(op.startswith(("LDL", "STL")) for op in opcodes),
         "local_bytes": counts["STACK"] + counts["LOCAL"],
         "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
-        "loads_together": _longest_run(opcodes, r"LDG\b", r"(STG|REDG?|ATOMG?)\b"),
+        "loads_together": longest_run(opcodes, r"LDG\b", r"(STG|REDG?|ATOMG?)\b"),
         "atomics": len(atomics),
         "cas_loops": sum(".CAS" in op for op in atomics),
         "instructions": nvidia_instructions(sass),
     }
 
 
-def _longest_run(opcodes: Iterable[str], counted: str, end: str) -> int:
+def longest_run(opcodes: Iterable[str], counted: str, end: str) -> int:
     """How many opcodes of a kind come with none of another between them, in the order of the code."""
     longest = run = 0
     for opcode in opcodes:
@@ -490,7 +495,7 @@ def _amd_code(compiled) -> dict:
         "spills": metadata("vgpr_spill_count"),
         "local_bytes": metadata("private_segment_fixed_size"),
         "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
-        "loads_together": _longest_run(opcodes, r"(global|buffer)_load", r"(global|buffer|flat)_(store|atomic)"),
+        "loads_together": longest_run(opcodes, r"(global|buffer)_load", r"(global|buffer|flat)_(store|atomic)"),
         "atomics": len(atomics),
         "cas_loops": sum("cmpswap" in op for op in atomics),
         "instructions": amd_instructions(code),

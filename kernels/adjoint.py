@@ -151,7 +151,8 @@ def _plan(
     size, input_size, channels = grad_output.shape[2:], image.shape[2:], image.shape[1]
     taps, dims = stages.INTERPOLATIONS[mode].taps, len(input_size)
     of_image = channels, launch.is_channels_last(image), image.dtype, taps
-    scatter_tile = tiling.scatter_tile(size, *of_image, all_channels=dense and need_parameters, fixed=deterministic)
+    all_channels = dense and need_parameters
+    scatter_tile = tiling.scatter_tile(size, *of_image, all_channels, deterministic, tangent)
     tiles, channel_programs = scatter_tile.grid(1, channels, size)
     walk_tile = tiling.walk_tile(input_size, *of_image, folds, tangent, maps > 1)
     if maps == 1:

@@ -15,8 +15,8 @@ With SUPERSAMPLE other than 1, an output pixel is the average of that many sampl
 many as the map shrinks). With PROJECT, it is the sum or the average of the samples of a volume along its
 depth, or the index of the largest, and a program loops over the depth.
 
-One program owns a tile of output pixels of one map, or TILES of them, and walks over channels: coordinates, weights
-and offsets are computed once. No coordinate is ever stored.
+One program owns a tile of output pixels of one map and walks over channels, or TILES of them where it holds all of its
+channels at once: coordinates, weights and offsets are computed once. No coordinate is ever stored.
 """
 
 import triton
@@ -256,7 +256,8 @@ def _launch(
     tangent, taps, channels = parameters_tangent is not None, stages.INTERPOLATIONS[mode].taps, input.shape[1]
     images, motions = (input, input_tangent or input), (parameters, parameters_tangent or parameters)
     size, depths, maps = output.shape[2:], (depth,) if project else (), parameters.shape[1]
-    tile = tiling.gather_tile(size, channels, launch.is_channels_last(input), input.dtype, taps, tangent)
+    of_image = channels, launch.is_channels_last(input), input.dtype, taps
+    tile = tiling.gather_tile(size, *of_image, large=tangent and len(input.shape) == 5)
     tile = tile.for_images(output.shape[0], channels, size)
     return launch.Launch(
         gather_kernel,

@@ -52,8 +52,8 @@ class Tile:
     def for_images(self, images: int, channels: int, size: Sequence[int]) -> "Tile":
         """The same with as many tiles for a program as leave programs enough, and few turns without a tile.
 
-        One, where a program walks over blocks of channels: that takes much longer than what it does once, and in a loop
-        over tiles as well it holds so many numbers that a third fewer programs fit.
+        One, where a program walks over blocks of channels: in a loop over tiles as well it holds so many numbers that
+        a third fewer programs fit, and of many blocks what it does once is little. (Of few it is not, as in fp64.)
         """
         if self.channels_per_program > self.unroll * self.block_c:
             return self
@@ -92,10 +92,12 @@ _LONGEST = max(map(math.prod, _BLOCKS.values()))
 
 
 def gather_tile(
-    size: Sequence[int], channels: int, channels_last: bool, dtype: torch.dtype, taps: int, tangent: bool = False
+    size: Sequence[int], channels: int, channels_last: bool, dtype: torch.dtype, taps: int, large: bool = False
 ) -> Tile:
-    """The tile of a program that owns output pixels and walks over channels; `size` is the output's, y before x."""
-    cap = 255 if tangent and len(size) == 3 else 128
+    """The tile of a program that owns output pixels and walks over channels; `size` is the output's, y before x;
+    `large` is for derivatives of volumes, which hold more.
+    """
+    cap = 255 if large else 128
     if channels_last:
         return _tile(size, channels, True, dtype, most=64 if taps <= 2 else 32, per_program=256, cap=cap)
     return _tile(size, channels, False, dtype, most=4 if taps <= 2 else 1, per_program=64, cap=cap)
@@ -109,6 +111,7 @@ def scatter_tile(
     taps: int,
     all_channels: bool,
     fixed: bool = False,
+    tangent: bool = False,
 ) -> Tile:
     """The tile of a program that owns output pixels and their gradients; it holds more than a gather.
 
@@ -116,7 +119,7 @@ def scatter_tile(
     `fixed` is for sums in 64-bit integers.
     """
     per_program = _power_of_two(channels) if all_channels else 64
-    most = (32 if taps <= 2 else 16) if channels_last else (4 if taps <= 2 else 1)
+    most = (32 if taps <= 2 else 8 if tangent else 16) if channels_last else (4 if taps <= 2 else 1)
     cap = 168 if taps <= 2 and len(size) <= 2 and not fixed else 255
     tile = _tile(size, channels, channels_last, dtype, most, per_program, cap)
     # Without a mask of channels, sm_80's compiler moves a cubic sample's loads together and spills two of them.

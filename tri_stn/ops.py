@@ -127,8 +127,8 @@ def _allocate_gradients(
     layout = _CHANNELS_LAST[grad_output.dim()] if need_input and channels_last else torch.contiguous_format
     shape = (batch, grad_output.shape[1], *input_size) if need_input else (0,)
     grad_input = torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
-    # From the kernels, a field's gradient lies in memory as the field does, which is as its network gave it and takes it
-    # back; from torch's sampler on the CPU it comes as pairs.
+    # From the kernels, a field's gradient lies in memory as the field does, which is as its network gave it and takes
+    # it back; from torch's sampler on the CPU it comes as pairs.
     if need_parameters and parameters.shape[0] == batch and _takes_kernels(parameters):
         grad_parameters = torch.empty_like(parameters)
     else:
