@@ -257,7 +257,7 @@ def _launch(
     images, motions = (input, input_tangent or input), (parameters, parameters_tangent or parameters)
     size, depths, maps = output.shape[2:], (depth,) if project else (), parameters.shape[1]
     of_image = channels, launch.is_channels_last(input), input.dtype, taps
-    tile = tiling.gather_tile(size, *of_image, large=tangent and len(input.shape) == 5)
+    tile = tiling.gather_tile(size, *of_image, tangent, of_volumes=len(input.shape) == 5)
     tile = tile.for_images(output.shape[0], channels, size)
     return launch.Launch(
         gather_kernel,

@@ -208,12 +208,12 @@ def _visit(
     fill_dot = tl.zeros((LANES,), COMPUTE)
     if FOLDED_ONLY:  # most tiles hold no such sample at all
         stop = tl.where(tl.max(wanted.to(tl.int32)) > 0, stop, start)
-    # Of corners that are few, the products with grad_output are added up over all channels first.
-    SUMS: tl.constexpr = TAPS <= 2 and NEED_PARAMETERS
-    # An atomic waits for what it adds, and all loads behind it with it: so they are under way together, before the
-    # atomics or, where corners are so many that registers run out, behind those of all channels.
+    # An atomic waits for what it adds, and all loads behind it wait with it. So all loads come before all atomics; of a
+    # cubic sample's corners, so many that registers run out, behind them.
     READS_FIRST: tl.constexpr = TAPS <= 2
-    dots = tuples.zeros(TAPS**AXES if SUMS else 0, (LANES,), COMPUTE)
+    # Of few corners, the products with grad_output are added up over all channels first.
+    DOTS: tl.constexpr = TAPS <= 2 and NEED_PARAMETERS
+    dots = tuples.zeros(TAPS**AXES if DOTS else 0, (LANES,), COMPUTE)
     tangent_dots = dots if INPUT_TANGENT else ()
     for first in range(start, stop, UNROLL * BLOCK_C):
         grad_outputs = ()
@@ -258,7 +258,7 @@ def _visit(
                             input_tangent_ptr, where, c, input_tangent_strides, corner_mask, INDEX, COMPUTE
                         )
                         tangent_dot = tl.sum(value * grad_output, axis=1)
-                    if SUMS:
+                    if DOTS:
                         dots = _add_at(dots, corner_id, dot)
                         if INPUT_TANGENT:
                             tangent_dots = _add_at(tangent_dots, corner_id, tangent_dot)
@@ -274,7 +274,7 @@ def _visit(
                 PADDING, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, ALIGN_CORNERS, INDEX,
                 FOLDED_ONLY, FIXED, MEASURE, TANGENT, SHARES, AXES, ORDER, BLOCK, BLOCK_C, WHOLE,
             )  # fmt: skip
-    if SUMS:
+    if DOTS:
         for corner_id in tl.static_range(TAPS**AXES):
             weights, slopes, curvatures, _where, _inside, _direct = corner(taps, corner_id, TAPS, ORDER)
             grad_x, held_grad_x = _slopes(
@@ -294,8 +294,8 @@ def _add(
     FOLDED_ONLY: tl.constexpr, FIXED: tl.constexpr, MEASURE: tl.constexpr, TANGENT: tl.constexpr, SHARES: tl.constexpr,
     AXES: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """What a sample of each pixel gives to the channels of grad_input from the first on, added there corner by corner;
-    with MEASURE the largest so far.
+    """What a sample of each pixel gives to the channels of grad_input from the first on, added there corner by corner.
+    The largest comes back: with MEASURE, which adds nothing, of those so far.
     """
     for block in tl.static_range(len(grad_outputs)):
         c = first + block * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -92,15 +92,20 @@ _LONGEST = max(map(math.prod, _BLOCKS.values()))
 
 
 def gather_tile(
-    size: Sequence[int], channels: int, channels_last: bool, dtype: torch.dtype, taps: int, large: bool = False
+    size: Sequence[int],
+    channels: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    taps: int,
+    tangent: bool = False,
+    of_volumes: bool = False,
 ) -> Tile:
-    """The tile of a program that owns output pixels and walks over channels; `size` is the output's, y before x;
-    `large` is for derivatives of volumes, which hold more.
+    """The tile of a program that owns output pixels and walks over channels; `size` is the output's, y before x.
+    `tangent` is of derivatives, `of_volumes` of images with a depth, which a projection's output lacks.
     """
-    cap = 255 if large else 128
-    if channels_last:
-        return _tile(size, channels, True, dtype, most=64 if taps <= 2 else 32, per_program=256, cap=cap)
-    return _tile(size, channels, False, dtype, most=4 if taps <= 2 else 1, per_program=64, cap=cap)
+    most = (64 if taps <= 2 else 8 if tangent else 32) if channels_last else (4 if taps <= 2 else 1)
+    cap = 128 if not tangent else 255 if of_volumes else 168 if taps > 2 and channels_last else 128
+    return _tile(size, channels, channels_last, dtype, most, per_program=256 if channels_last else 64, cap=cap)
 
 
 def scatter_tile(

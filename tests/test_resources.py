@@ -72,7 +72,9 @@ def test_channels_last_loads_are_wide(rows, arch):
         ("gather", "affine 2-D bilinear", 80),
         ("walk", "affine 2-D bilinear zeros", 128),
         ("reduce", "affine 2-D bilinear", 128),
-        ("scatter", "affine 2-D bilinear", 168),
+        ("scatter", "2-D bilinear", 168),
+        ("scatter", "3-D bilinear", 168),
+        ("scatter", "tangent", 248),  # 241 in 3-D and of cubic samples
         ("gather", "", 128),
         ("walk", "", 168),
         ("reduce", "", 168),

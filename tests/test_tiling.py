@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from test_warp import check
-from tri_stn.kernels import tiling
+from tri_stn.kernels import launch, tiling
 
 import tri_stn
 from tri_stn import kernels
@@ -124,71 +124,87 @@ def test_any_number_of_channels(backend, kind, channels):
 
 @pytest.fixture
 def several_tiles(monkeypatch):
-    """Programs that take as many tiles as those of a large batch; how many those of each launch do."""
+    """Programs take as many tiles as those of a large batch; the kernels whose programs did."""
     monkeypatch.setattr(tiling, "_ENOUGH", 1)
-    taken, for_images = [], tiling.Tile.for_images
+    taken, call = set(), launch.Launch.__call__
 
-    def watched(*args):
-        taken.append(for_images(*args).tiles)
-        return for_images(*args)
+    def watched(self, *pointers):
+        if self.constants.get("TILES", 1) > 1 or self.constants.get("LOOP"):
+            taken.add(self.kernel.__name__.removesuffix("_kernel") + " tangent" * self.constants["TANGENT"])
+        call(self, *pointers)
 
-    monkeypatch.setattr(tiling.Tile, "for_images", watched)
+    monkeypatch.setattr(launch.Launch, "__call__", watched)
     return taken
 
 
 SEVERAL = {
-    "zeros": Case(size=(15, 57), input_size=(16, 60)),
-    "border": Case(size=(19, 33), input_size=(20, 37), padding_mode="border", images=1),
-    "maps": Case(size=(9, 17), input_size=(9, 17), images=1, maps=3),
-    "channels_last": Case(size=(9, 17), input_size=(10, 13), channels=9, arrangement="channels_last", images=1),
-    "3-D": Case(size=(5, 5, 9), input_size=(5, 4, 9), images=1, channels=1),
-    "1-D": Case(size=(500,), input_size=(33,), images=1),
-    "projective": Case(kind="projective", size=(19, 33), input_size=(6, 5)),
-    "grid": Case(kind="grid", size=(19, 33), input_size=(6, 5)),
-    "degenerate": Case(theta=((0.0, 0.0, 0.1), (0.3, 1.0, 0.02)), size=(9, 17), input_size=(9, 17), images=1),
+    "zeros": (Case(size=(15, 57), input_size=(16, 60)), "gather walk"),
+    "border": (Case(size=(19, 33), input_size=(20, 37), padding_mode="border", images=1), "gather scatter walk"),
+    "maps": (Case(size=(9, 17), input_size=(9, 17), images=1, maps=3), "gather"),
+    "channels_last": (
+        Case(size=(9, 17), input_size=(10, 13), channels=9, arrangement="channels_last", images=1),
+        "gather walk",
+    ),
+    "3-D": (Case(size=(5, 5, 9), input_size=(5, 5, 9), images=1, channels=1), "gather walk"),
+    "1-D": (Case(size=(500,), input_size=(140,), images=1, channels=1, dtype=torch.float64), "gather walk"),
+    "projective": (Case(kind="projective", size=(19, 33), input_size=(6, 5)), "gather scatter"),
+    "grid": (Case(kind="grid", size=(19, 33), input_size=(6, 5)), "gather"),
+    "degenerate": (
+        Case(theta=((0.0, 0.0, 0.1), (0.3, 1.0, 0.02)), size=(9, 17), input_size=(9, 17), images=1),
+        "gather walk",
+    ),
 }
 
 
 @pytest.mark.parametrize("backend", ["kernels"], indirect=True)
-@pytest.mark.parametrize("case", SEVERAL.values(), ids=SEVERAL)
-def test_programs_that_take_several_tiles_match_torch(backend, several_tiles, case):
+@pytest.mark.parametrize("case,several", SEVERAL.values(), ids=SEVERAL)
+def test_programs_that_take_several_tiles_match_torch(backend, several_tiles, case, several):
     check(case, backend)
-    assert max(several_tiles) > 1
+    assert several_tiles == set(several.split())
 
 
 OPTIONS = {
-    "fill": (Case(), {"fill": 0.5}),
+    "fill and mask": (Case(), {"fill": 0.5, "return_mask": True}),
     "supersample": (Case(), {"supersample": 2}),
+    "supersample, projective": (Case(kind="projective"), {"supersample": 2}),
     "as many samples as it shrinks": (Case(theta=((1.6, 0.3, 0.1), (-0.2, 1.7, 0.02))), {"antialias": True}),
-    "bicubic": (Case(mode="bicubic", padding_mode="reflection"), {}),
+    "bicubic": (Case(mode="bicubic", padding_mode="reflection", channels=1), {}),
     "fp64, corners": (Case(dtype=torch.float64, align_corners=True, channels=1), {}),
     "projective": (Case(kind="projective", padding_mode="border"), {}),
-    "volume": (Case(size=(3, 5, 9), input_size=(3, 3, 5), channels=1), {}),
-    "projected": (Case(size=(2, 5, 17), input_size=(2, 2, 9), channels=1), {"project": "mean"}),
+    "volume": (Case(size=(3, 5, 9), input_size=(3, 5, 9), channels=1), {}),
+    "projected": (Case(size=(2, 5, 17), input_size=(2, 5, 9), channels=1), {"project": "mean"}),
 }
 
 
 @pytest.mark.parametrize("backend", ["kernels"], indirect=True)
 @pytest.mark.parametrize("case,options", OPTIONS.values(), ids=OPTIONS)
 def test_several_tiles_change_nothing(backend, several_tiles, monkeypatch, case, options):
-    """Two gradients and, where there is one, a second: of what programs of one tile find, to its rounding."""
+    """Two gradients and, where there are any, second ones: of what programs of one tile find, to its rounding."""
     if len(case.size) == 2:
         case = case.with_(size=(5, 17), input_size=(6, 18))
     image, parameters, grad = case.tensors(backend)
     grad = grad[:, :, 0] if "project" in options else grad
+    twice = options.get("supersample", 1) == 1 and "antialias" not in options
     found = []
     for enough in (1, 2**13):
         monkeypatch.setattr(tiling, "_ENOUGH", enough)
         kernels.launch.forget()
-        inputs = image.detach().requires_grad_(), parameters.detach().requires_grad_()
-        output = tri_stn.warp(inputs[0], case.transform(inputs[1]), case.size, **case.options, **options)
-        gradients = torch.autograd.grad(output, inputs, grad, create_graph=True)
-        found.append((max(several_tiles), output, *gradients))
-        if options.get("supersample", 1) == 1:
-            found[-1] += torch.autograd.grad(sum((g**2).sum() for g in gradients), inputs)
         several_tiles.clear()
+        inputs = [t.detach().requires_grad_() for t in (image, parameters, grad)]
+        output = tri_stn.warp(inputs[0], case.transform(inputs[1]), case.size, **case.options, **options)
+        output, *rest = output if isinstance(output, tuple) else (output,)
+        gradients = torch.autograd.grad(output, inputs[:2], inputs[2], create_graph=True)
+        if twice:
+            rest += torch.autograd.grad(sum((g**2).sum() for g in gradients), inputs)
+        found.append((set(several_tiles), output, *rest, *gradients))
     (several, *actual), (one, *expected) = found
-    assert several > 1 == one
+    own = (
+        {"scatter"}
+        if case.kind == "projective"
+        else {"walk"} | ({"scatter"} if case.padding_mode != "zeros" else set())
+    )
+    kernels_of = {"gather"} | own
+    assert not one and several == kernels_of | ({f"{k} tangent" for k in kernels_of} if twice else set())
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5 * float(e.detach().abs().amax()))
 
