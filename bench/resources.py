@@ -44,7 +44,7 @@ class Case:
     need_parameters: bool = True
     kind: str = "affine"
     size: tuple[int, ...] = (48, 64)
-    channels: int = 32
+    channels: int = 64
     align_corners: bool = False
     far: bool = False
     """Strides that need 64-bit offsets."""
@@ -66,7 +66,7 @@ class Case:
         words.append("channels_last" if self.channels_last else "contiguous")
         if self.kernel in ("walk", "scatter"):
             words.append("+theta" if self.need_parameters else "-theta")
-        words += [f"C={self.channels}"] * (self.channels != 32) + ["size_1"] * (1 in self.size)
+        words += [f"C={self.channels}"] * (self.channels != 64) + ["size_1"] * (1 in self.size)
         if self.size not in _SIZES.values():
             words.append("x".join(map(str, reversed(self.size))))
         words += ["corners"] * self.align_corners + ["int64"] * self.far

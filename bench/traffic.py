@@ -189,10 +189,7 @@ def tiles_of(block: tuple[int, int] | None) -> Iterator[None]:
     if block is None:
         yield
         return
-    with (
-        mock.patch.dict(tiling._BLOCKS, {2: block}),
-        mock.patch.dict(tiling._BLOCKS_OF_CHANNELS, {2: block}),
-    ):
+    with mock.patch.dict(tiling._BLOCKS, {2: dict.fromkeys(tiling._BLOCKS[2], block)}):
         tiling._block.cache_clear()
         try:
             yield

@@ -211,9 +211,9 @@ def _visit(
     # An atomic waits for what it adds, and all loads behind it wait with it. So all loads come before all atomics; of a
     # cubic sample's corners, so many that registers run out, behind them.
     READS_FIRST: tl.constexpr = TAPS <= 2
-    # Of few corners, the products with grad_output are added up over all channels first.
+    # Of few corners, the products with grad_output are added up over all channels first, and over threads at the end.
     DOTS: tl.constexpr = TAPS <= 2 and NEED_PARAMETERS
-    dots = tuples.zeros(TAPS**AXES if DOTS else 0, (LANES,), COMPUTE)
+    dots = tuples.zeros(TAPS**AXES if DOTS else 0, (LANES, BLOCK_C), COMPUTE)
     tangent_dots = dots if INPUT_TANGENT else ()
     for first in range(start, stop, UNROLL * BLOCK_C):
         grad_outputs = ()
@@ -251,13 +251,13 @@ def _visit(
                         inside &= ~direct
                     corner_mask = block_mask(inside & wanted, c, channels, WHOLE)
                     value = load_block(input_ptr, where, c, input_strides, corner_mask, INDEX, COMPUTE)
-                    dot = tl.sum(value * grad_output, axis=1)
+                    dot = value * grad_output
                     tangent_dot = dot
                     if INPUT_TANGENT:
                         value = load_block(
                             input_tangent_ptr, where, c, input_tangent_strides, corner_mask, INDEX, COMPUTE
                         )
-                        tangent_dot = tl.sum(value * grad_output, axis=1)
+                        tangent_dot = value * grad_output
                     if DOTS:
                         dots = _add_at(dots, corner_id, dot)
                         if INPUT_TANGENT:
@@ -352,8 +352,11 @@ def _slopes(
     TANGENT: tl.constexpr, HOLDS: tl.constexpr, INPUT_TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of where a sample looks, and with HOLDS of where it is, with those that come over one corner: dot
-    is the corner's pixel times grad_output, tangent_dot that of the pixel's tangent.
+    is the corner's pixel times grad_output, [LANES, BLOCK_C], tangent_dot that of the pixel's tangent.
     """
+    dot = tl.sum(dot, axis=1)
+    if INPUT_TANGENT:
+        tangent_dot = tl.sum(tangent_dot, axis=1)
     if TANGENT:
         grad_x = tuples.add(grad_x, product_vjp_jvp(weights, slopes, curvatures, t, dot))
         if HOLDS:

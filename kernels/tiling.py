@@ -84,11 +84,20 @@ class Tile:
         }
 
 
-_BLOCKS = {1: (128,), 2: (16, 8), 3: (8, 4, 4)}
-"""A program's pixels in a large image, a thread for each: (16, 16) would be 8 warps; bench/NOTES.md says why to try."""
-_BLOCKS_OF_CHANNELS = {1: (32,), 2: (8, 4), 3: (8, 2, 2)}
-"""The same where a block holds 8 channels or more beside each other, which share out the threads of 4 warps."""
-_LONGEST = max(map(math.prod, _BLOCKS.values()))
+_BLOCKS = {
+    1: {1: (128,), 2: (64,), 4: (32,)},
+    2: {1: (16, 8), 2: (8, 8), 4: (8, 4)},
+    3: {1: (8, 4, 4), 2: (8, 4, 2), 4: (8, 2, 2)},
+}
+"""A program's pixels in a large image, by dimensions and threads for each pixel: 4 warps. (16, 16) would be 8, one
+thread a pixel; bench/NOTES.md says why to try."""
+_THREAD = 16
+"""Bytes that a thread loads at once of channels beside each other."""
+_SIDE_BY_SIDE = 4 * _THREAD
+"""Bytes of a pixel's channels in one block, two sectors. Each thread computes its pixel's coordinates, so few share a
+pixel, and they hold several such blocks. In NCHW no channels lie in one block: Triton would put a warp's threads on
+them, or repeat the coordinates in every warp, as its version happens to break ties."""
+_LONGEST = 128
 
 
 def gather_tile(
@@ -144,8 +153,7 @@ def walk_tile(
     """The tile of a program that owns input pixels, of an input of this size, and one block of channels; `folds` as
     its padding does; with `several` maps of an image it holds their sums from one to the next.
     """
-    # A walk holds four blocks at once; wider ones cost occupancy before they save coordinates.
-    most = 32 if channels_last else 8
+    most = 64 if channels_last and taps <= 2 else 32 if channels_last else 8
     several = several and channels > 4 and not channels_last
     steps = max(folds, (taps > 2 or len(size) > 2) + (tangent or several))
     return _tile(size, channels, channels_last, dtype, most, per_program=0, cap=(128, 168, 255)[steps])
@@ -160,20 +168,22 @@ def _tile(
     # fp64 takes two registers a number: a quarter of the channels, and half the programs at a time.
     double = dtype == torch.float64
     most = max(1, most // 4) if double else most
-    held = _power_of_two(min(channels, most)) if channels_last else _quotient(channels, _quotient(channels, most))
-    block, block_c, unroll, num_warps = _block(extent, held, channels_last)
+    block_c = min(_power_of_two(min(channels, most)), _SIDE_BY_SIDE // dtype.itemsize) if channels_last else 1
+    blocks = _quotient(channels, block_c)
+    unroll = _quotient(blocks, _quotient(blocks, max(1, most // block_c)))
+    held = block_c * unroll
+    # Triton knows of multiples of 16 alone, so that of others a thread loads one number at once.
+    threads = max(1, block_c * dtype.itemsize // _THREAD) if channels % 16 == 0 else 4
+    threads = threads if block_c >= 8 else 1
+    block = _block(extent, threads)
     in_all = held if channels <= held else held * max(1, _quotient(per_program, held))
+    num_warps = math.prod(block) * threads // _WARP
     return Tile(block, block_c, unroll, in_all, num_warps, 255 if double else cap, whole=channels % held == 0)
 
 
 @functools.lru_cache(1024)
-def _block(extent: tuple[int, ...], held: int, channels_last: bool) -> tuple[tuple[int, ...], int, int, int]:
-    """Pixels, channels beside each other and apart, and warps."""
-    # Channels that lie apart are separate blocks: in one block, Triton would put a warp's threads on
-    # them, or repeat the coordinates in every warp, as its version happens to break ties.
-    block_c, unroll = (held, 1) if channels_last else (1, held)
-    block = _fitted((_BLOCKS_OF_CHANNELS if block_c >= 8 else _BLOCKS)[len(extent)], extent)
-    return block, block_c, unroll, 4 if block_c >= 8 else math.prod(block) // _WARP
+def _block(extent: tuple[int, ...], threads: int) -> tuple[int, ...]:
+    return _fitted(_BLOCKS[len(extent)][threads], extent)
 
 
 def _fitted(block: tuple[int, ...], extent: tuple[int, ...]) -> tuple[int, ...]:

@@ -296,11 +296,11 @@ def _add_scaled(total, scale, blocks):
 
 @triton.jit
 def _dot(x, y):
-    """Sum over all channels, [LANES]."""
-    result = tl.sum(x[0] * y[0], axis=1)
+    """Sum over all channels, [LANES]: over threads once, and not for each block."""
+    result = x[0] * y[0]
     for block in tl.static_range(1, len(x)):
-        result += tl.sum(x[block] * y[block], axis=1)
-    return result
+        result += x[block] * y[block]
+    return tl.sum(result, axis=1)
 
 
 @triton.jit

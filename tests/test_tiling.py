@@ -100,7 +100,7 @@ def test_small_images_match_torch(backend, size, input_size, kind, padding_mode,
 @pytest.fixture
 def larger_blocks(monkeypatch):
     """Those of 8 warps that bench/NOTES.md would try on a GPU."""
-    monkeypatch.setitem(tiling._BLOCKS, 2, (16, 16))
+    monkeypatch.setitem(tiling._BLOCKS, 2, {1: (16, 16)})
     tiling._block.cache_clear()
     yield
     tiling._block.cache_clear()
