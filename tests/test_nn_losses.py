@@ -166,6 +166,15 @@ def test_flat_regions_are_stable_in_fp32(level):
         assert (g32 - g).abs().max() <= 10 * tolerance * g.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 4, 5), (2, 0, 4, 5)])
+def test_no_images_have_no_correlation_and_an_empty_gradient(shape):
+    """NaN, as the means of torch's own losses."""
+    empty = torch.zeros(shape, requires_grad=True)
+    value = local_ncc(empty, torch.zeros(shape))
+    value.backward()
+    assert value.isnan() and empty.grad.shape == shape
+
+
 def test_images_that_are_flat_everywhere():
     flat, image = torch.full((1, 1, 6, 6), 0.1).requires_grad_(), torch.rand(1, 1, 6, 6).requires_grad_()
     for pair in ((flat, image), (image, flat), (flat, flat)):

@@ -246,7 +246,7 @@ class _LocalNCC(torch.autograd.Function):
                 grads.append(None)
                 continue
             beta = -scale * correlation * (a / variance)
-            floor = 2 * ctx.eps * beta.sum(_places(x), keepdim=True) / x[0, 0].numel()
+            floor = 2 * ctx.eps * beta.sum(_places(x), keepdim=True) / math.prod(x.shape[2:])
             through_means = _adjoint_mean(2 * (scale * correlation * mean_y + beta * mean_x), ctx.windows)
             grads.append(alpha * y + (2 * _adjoint_mean(beta, ctx.windows) + floor) * x - through_means)
         return *grads, None, None
