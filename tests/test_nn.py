@@ -196,6 +196,42 @@ def test_state_dicts_round_trip(name):
     assert torch.equal(pickle.loads(pickle.dumps(module))(images), module(images))
 
 
+@pytest.mark.parametrize("way", ["to_empty", "assign", "reset"])
+@pytest.mark.parametrize("name", MAPS)
+def test_modules_built_on_the_meta_device_get_their_settings_back(name, way):
+    """They are in no state dict. Such a module tells shapes before it has numbers."""
+    basis, points = a_basis(), torch.rand(5, 2)
+    build = {
+        "basis": lambda: stn.LinearBasisMap(basis),
+        "learned basis": lambda: stn.LinearBasisMap(basis, learnable=True),
+        "points": lambda: stn.ThinPlateSplineMap(points),
+    }.get(name, MAPS[name])
+    make = lambda: transformer(build(), bounds=0.3, fill=[0.1, 0.2])  # noqa: E731
+    expected, images = moved(make()), torch.rand(2, 2, *SIZE)
+    with torch.device("meta"):
+        module = make()
+        assert module(torch.rand(2, 2, *SIZE)).shape == images.shape
+    assert all(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    if way == "reset":  # a module that never was there; also what is learned is as it was
+        module = make().to_empty(device="cpu")
+        for part in module.modules():
+            getattr(part, "reset_parameters", lambda: None)()
+        assert name != "learned basis" or torch.equal(module.map.basis, basis)
+    elif way == "to_empty":
+        module.to_empty(device="cpu")
+    module.load_state_dict(expected.state_dict(), assign=way == "assign")
+    assert torch.equal(module(images), expected(images))
+
+
+def test_a_constant_without_numbers_is_refused_when_they_are_needed():
+    with torch.device("meta"):
+        module = stn.ParametricMap(torch.zeros(3))
+        with pytest.raises(ValueError, match="basis of LinearBasisMap is on the meta device"):
+            stn.LinearBasisMap(torch.zeros(3, *SIZE))
+    with pytest.raises(ValueError, match="identity of this ParametricMap was given on the meta device"):
+        module.to_empty(device="cpu")
+
+
 @pytest.mark.parametrize(
     "given,message",
     [

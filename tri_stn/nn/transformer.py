@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import warp
-from .maps import NAMED, ParametricMap
+from .maps import NAMED, Constants, ParametricMap, real_device
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Constants):
     """Look at the input, choose a map, read the input through it (Jaderberg et al. 2015, section 3).
 
     The localisation network gives, for each image, how far its map departs from the identity (``residual``), so that a
@@ -88,19 +88,18 @@ class SpatialTransformer(nn.Module):
         if antialias:
             self.options["antialias"] = True
         # On the module's device, so that no call copies numbers there.
-        self.register_buffer("bounds", self._check_bounds(bounds), persistent=False)
+        self.register_constant("bounds", None if bounds is None else self._check_bounds(bounds))
         number = isinstance(fill, (int, float))
         self.fill = fill if number else None
-        self.register_buffer("fills", None if number else torch.as_tensor(fill, dtype=torch.float32), persistent=False)
+        self.register_constant("fills", None if number else _tensor(fill, torch.float32))
 
     bounds: Tensor | None
     fills: Tensor | None
 
-    def _check_bounds(self, bounds: float | Tensor | None) -> Tensor | None:
-        if bounds is None:
-            return None
-        limits = torch.as_tensor(bounds, dtype=self.map.identity.dtype)
-        if limits.shape not in ((), (self.map.count,)) or not bool((limits > 0).all()):
+    def _check_bounds(self, bounds: float | Tensor) -> Tensor:
+        limits = _tensor(bounds, self.map.identity.dtype)
+        positive = limits.is_meta or bool((limits > 0).all())
+        if limits.shape not in ((), (self.map.count,)) or not positive:
             raise ValueError(f"bounds must be positive, one number or a tensor ({self.map.count},); got {bounds!r}.")
         return limits
 
@@ -152,3 +151,8 @@ class SpatialTransformer(nn.Module):
         size = "the input's" if self.size is None else self.size
         settings: dict[str, Any] = {"size": size, "parallel": self.parallel} | self.options
         return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+
+
+def _tensor(given: Any, dtype: torch.dtype) -> Tensor:
+    """Numbers or a tensor as a tensor with numbers in it, a given one where it is."""
+    return torch.as_tensor(given, dtype=dtype, device=given.device if isinstance(given, Tensor) else real_device())
