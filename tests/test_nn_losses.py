@@ -253,6 +253,7 @@ IMAGE = torch.zeros(1, 1, 4, 4)
         (lambda: local_ncc(IMAGE, IMAGE[..., :3]), ValueError, "two images of the same shape"),
         (lambda: local_ncc(IMAGE, IMAGE, 4), ValueError, "window must be an odd number of voxels"),
         (lambda: local_ncc(IMAGE, IMAGE, (3, 3, 3)), ValueError, "or 2 of them"),
+        (lambda: local_ncc(IMAGE, IMAGE, 3.0), ValueError, "one per axis; got 3.0"),
         (lambda: local_ncc(IMAGE, IMAGE, eps=0), ValueError, "eps must be positive"),
     ],
 )

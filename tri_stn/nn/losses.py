@@ -6,7 +6,8 @@ All are computed in fp32 for 16-bit tensors, under autocast too, and in fp64 for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -131,8 +132,8 @@ def local_ncc(input: Tensor, target: Tensor, window: int | Sequence[int] = 9, ep
             f"{tuple(input.shape)} and target {tuple(target.shape)}."
         )
     dims = input.dim() - 2
-    windows = (window,) * dims if isinstance(window, int) else tuple(window)
-    if len(windows) != dims or any(w < 1 or w % 2 == 0 for w in windows):
+    windows = tuple(window) if isinstance(window, Iterable) else (window,) * dims
+    if len(windows) != dims or any(not isinstance(w, Integral) or w < 1 or w % 2 == 0 for w in windows):
         raise ValueError(f"window must be an odd number of voxels, or {dims} of them, one per axis; got {window!r}.")
     if not eps > 0:
         raise ValueError(f"eps must be positive, a share of the image's variance; got {eps!r}.")

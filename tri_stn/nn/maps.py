@@ -8,12 +8,14 @@ by itself where a module is built on the meta device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_floating
 from ..transforms import (
     Affine,
     Attention,
@@ -135,6 +137,7 @@ class AffineMap(ParametricMap):
     """
 
     def __init__(self, dims: int = 2) -> None:
+        _check_dims("AffineMap", dims)
         super().__init__(torch.eye(dims, dims + 1, device=real_device()).flatten())
         self.dims = dims
 
@@ -169,6 +172,7 @@ class AttentionMap(ParametricMap):
     def __init__(
         self, dims: int = 2, per_axis: bool = False, inside: bool = False, smallest: float = 0.1, start: float = 0.9
     ) -> None:
+        _check_dims("AttentionMap", dims)
         if not 0 < smallest < start < 1:
             raise ValueError(f"AttentionMap takes 0 < smallest < start < 1; got {smallest} and {start}.")
         scales = dims if per_axis else 1
@@ -212,6 +216,7 @@ class ProjectiveMap(ParametricMap):
     """
 
     def __init__(self, dims: int = 2) -> None:
+        _check_dims("ProjectiveMap", dims, (2, 3))
         super().__init__(torch.eye(dims + 1, device=real_device()).flatten()[:-1])
         self.dims = dims
 
@@ -242,8 +247,10 @@ class ThinPlateSplineMap(ParametricMap):
         identity: Tensor | None = None,
     ) -> None:  # fmt: skip
         points = target_points if isinstance(target_points, Tensor) else _regular_points(target_points)
-        super().__init__((points if identity is None else identity).flatten())
-        self.register_constant("target_points", points.detach().clone())
+        points = points.detach().clone()
+        ThinPlateSpline(points, points.unsqueeze(0), regularization)  # which says what does not fit
+        super().__init__(points.flatten() if identity is None else _start("ThinPlateSplineMap", identity, points.shape))
+        self.register_constant("target_points", points)
         self.regularization = regularization
 
     def forward(self, parameters: Tensor) -> Transform:
@@ -263,7 +270,11 @@ class FreeFormMap(ParametricMap):
     """
 
     def __init__(self, lattice_size: Sequence[int] = (5, 5)) -> None:
-        super().__init__(torch.zeros(math.prod(lattice_size) * len(lattice_size), device=real_device()))
+        if not isinstance(lattice_size, Iterable) or not all(isinstance(n, Integral) for n in lattice_size):
+            raise TypeError(f"FreeFormMap takes lattice_size as integers, one for each axis; got {lattice_size!r}.")
+        lattice = torch.zeros(1, *lattice_size, len(lattice_size), device=real_device())
+        FreeForm(lattice)  # which says what does not fit
+        super().__init__(lattice.flatten())
         self.lattice_size = tuple(lattice_size)
 
     def forward(self, parameters: Tensor) -> Transform:
@@ -320,17 +331,35 @@ class LinearBasisMap(ParametricMap):
     basis: Tensor
 
     def __init__(self, basis: Tensor, learnable: bool = False, identity: Tensor | None = None) -> None:
-        super().__init__((_identity_in(basis) if identity is None else identity).flatten())
+        basis = check_floating(basis, "LinearBasisMap", "basis")
+        shape = torch.Size((max(basis.dim() - 1, 0), *basis.shape[:1]))
+        LinearBasis(basis.new_empty(1, *shape), basis)  # which says what does not fit
+        start = _identity_in(basis).flatten() if identity is None else _start("LinearBasisMap", identity, shape)
+        super().__init__(start)
         self.register_constant("basis", basis.detach(), learnable)
 
     def forward(self, parameters: Tensor) -> Transform:
         return LinearBasis(parameters.unflatten(-1, (self.basis.dim() - 1, -1)), self.basis)
 
 
+def _check_dims(name: str, dims: int, allowed: Sequence[int] = (1, 2, 3)) -> None:
+    if not isinstance(dims, Integral) or dims not in allowed:
+        raise ValueError(f"{name} takes dims {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}; got {dims!r}.")
+
+
+def _start(name: str, identity: Tensor, shape: torch.Size) -> Tensor:
+    """The numbers to start from, in one row."""
+    identity = check_floating(identity, name, "identity")
+    if identity.numel() != shape.numel():
+        raise ValueError(f"{name} takes identity of shape {tuple(shape)} here; got {tuple(identity.shape)}.")
+    return identity.flatten()
+
+
 def _regular_points(counts: Sequence[int]) -> Tensor:
     """(rows, columns) → (rows × columns, 2) from -1 to 1, x first, row by row."""
-    if len(counts) != 2 or min(counts) < 2:
-        raise ValueError(f"A regular grid of control points is (rows, columns), at least 2 each; got {tuple(counts)}.")
+    fits = isinstance(counts, Sized) and len(counts) == 2
+    if not fits or not all(isinstance(n, Integral) and n >= 2 for n in counts):
+        raise ValueError(f"A regular grid of control points is (rows, columns), at least 2 each; got {counts!r}.")
     y, x = (torch.linspace(-1, 1, n, device=real_device()) for n in counts)
     return torch.cartesian_prod(y, x).flip(-1).contiguous()
 
