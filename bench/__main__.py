@@ -383,6 +383,8 @@ def _dashboard(arguments: argparse.Namespace) -> int:
         written = write(arguments.results, arguments.out, arguments.png, choice)
     except ResultsError as sentence:
         return _refuse(str(sentence))
+    except OSError as error:
+        return _refuse(f"Nothing can be written to {arguments.out}: {error.strerror or error}.")
     print(*(f"Wrote {path}." for path in written), sep="\n")
     return 0
 

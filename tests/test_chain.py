@@ -1,6 +1,7 @@
 """Parametric maps and chains of them: against grids built in fp64 by other means, and all their derivatives."""
 
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -407,6 +408,26 @@ def test_a_name_registered_again_has_the_new_functions(backend):
     grid = torch.stack(barrel_in_torch(theta, (place[None, :].expand(4, 4), place[:, None].expand(4, 4))), -1)
     torch.testing.assert_close(outputs[1], tri_stn.grid_sample(image, grid[None], align_corners=False))
     assert not outputs[0].allclose(outputs[1])
+
+
+@pytest.mark.parametrize("name", ["batch", "size", "parameters", "inverse", "_lengths", "k 1", 1])
+def test_a_parameter_has_a_name_of_its_own(name):
+    with pytest.raises(ValueError, match=f"names that transforms do not use themselves.*{name!r}"):
+        tri_stn.register_transform("lens", radial, radial_vjp, radial_in_torch, (name, "k2"))
+
+
+@pytest.mark.parametrize("which", ["map", "map_vjp", "reference"])
+def test_what_is_registered_are_functions(which):
+    functions = {"map": radial, "map_vjp": radial_vjp, "reference": radial_in_torch, which: None}
+    with pytest.raises(TypeError, match=f"takes {which} as a function; got NoneType"):
+        tri_stn.register_transform("lens", **functions, parameters=("k1", "k2"))
+
+
+def test_registered_maps_are_pickled_by_the_name_of_their_class():
+    lens = RadialDistortion(torch.rand(2), torch.rand(2))
+    kind, copy = pickle.loads(pickle.dumps((RadialDistortion, lens)))
+    assert kind is RadialDistortion is type(copy)
+    assert torch.equal(copy.parameters, lens.parameters) and copy.batch == lens.batch
 
 
 def test_registering_names_what_is_wrong():

@@ -122,6 +122,7 @@ def test_errors_are_one_sentence_with_status_2_and_leave_no_file(tmp_path: Path)
     good, deep, out = save(picture(4, 4), tmp_path / "good.png"), tmp_path / "deep.png", tmp_path / "out.png"
     alpha, grey16 = save(picture(4, 4, 4), tmp_path / "alpha.png"), tmp_path / "grey16.png"
     save(picture(4, 4, 1, np.uint16), grey16)
+    long = save(np.zeros((1, 2**24 + 1), np.uint8), tmp_path / "long.png")
     write_deep_colour_png(deep)
     text = tmp_path / "text.png"
     text.write_text("not an image")
@@ -137,6 +138,9 @@ def test_errors_are_one_sentence_with_status_2_and_leave_no_file(tmp_path: Path)
         ([grey16, tmp_path / "out.webp"], "8 bits per channel"),
         ([good, out, "--scale", 0], "scale must be positive"),
         ([good, out, "--size", 0, 4], "--size must be positive"),
+        ([good, out, "--size", 2**24 + 1, 1], "--size must be at most 16777216 pixels along an axis"),
+        ([good, out, "--size", 2**14, 2**14 + 1], "and 268435456 in all; got 16384 16385"),
+        ([long, out], f"The size of {long} must be at most 16777216 pixels along an axis"),
     ]
     for (status, stderr), (command, expected) in zip(warp(*(c for c, _ in cases)), cases, strict=True):
         assert status == 2, command

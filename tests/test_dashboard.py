@@ -329,6 +329,16 @@ def test_a_dashboard_of_nothing_is_refused_with_a_sentence(tmp_path, capsys, wor
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dashboard_that_cannot_be_written_is_refused_with_a_sentence(tmp_path, capsys):
+    """Where the folder would lie in a file, and where another folder has the page's name."""
+    pytest.importorskip("plotly")
+    good = made_up(tmp_path / "a.json", [row(IDENTITY, "both", "tri_stn", 1.0)])
+    (tmp_path / "out" / "index.html").mkdir(parents=True)
+    for out in (good / "folder", tmp_path / "out"):
+        status, text = run(capsys, "dashboard", good, "--out", out)
+        assert (status, f"Nothing can be written to {out}: " in text) == (2, True), text
+
+
 def test_a_sweep_is_a_line_along_what_it_varies():
     """Whatever else changes with it, as the number of images does."""
     rows = [

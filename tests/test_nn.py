@@ -196,6 +196,42 @@ def test_state_dicts_round_trip(name):
     assert torch.equal(pickle.loads(pickle.dumps(module))(images), module(images))
 
 
+@pytest.mark.parametrize("way", ["to_empty", "assign", "reset"])
+@pytest.mark.parametrize("name", MAPS)
+def test_modules_built_on_the_meta_device_get_their_settings_back(name, way):
+    """They are in no state dict. Such a module tells shapes before it has numbers."""
+    basis, points = a_basis(), torch.rand(5, 2)
+    build = {
+        "basis": lambda: stn.LinearBasisMap(basis),
+        "learned basis": lambda: stn.LinearBasisMap(basis, learnable=True),
+        "points": lambda: stn.ThinPlateSplineMap(points),
+    }.get(name, MAPS[name])
+    make = lambda: transformer(build(), bounds=0.3, fill=[0.1, 0.2])  # noqa: E731
+    expected, images = moved(make()), torch.rand(2, 2, *SIZE)
+    with torch.device("meta"):
+        module = make()
+        assert module(torch.rand(2, 2, *SIZE)).shape == images.shape
+    assert all(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    if way == "reset":  # a module that never was there; also what is learned is as it was
+        module = make().to_empty(device="cpu")
+        for part in module.modules():
+            getattr(part, "reset_parameters", lambda: None)()
+        assert name != "learned basis" or torch.equal(module.map.basis, basis)
+    elif way == "to_empty":
+        module.to_empty(device="cpu")
+    module.load_state_dict(expected.state_dict(), assign=way == "assign")
+    assert torch.equal(module(images), expected(images))
+
+
+def test_a_constant_without_numbers_is_refused_when_they_are_needed():
+    with torch.device("meta"):
+        module = stn.ParametricMap(torch.zeros(3))
+        with pytest.raises(ValueError, match="basis of LinearBasisMap is on the meta device"):
+            stn.LinearBasisMap(torch.zeros(3, *SIZE))
+    with pytest.raises(ValueError, match="identity of this ParametricMap was given on the meta device"):
+        module.to_empty(device="cpu")
+
+
 @pytest.mark.parametrize(
     "given,message",
     [
@@ -211,6 +247,50 @@ def test_state_dicts_round_trip(name):
 def test_what_does_not_fit_is_a_sentence(given, message):
     with pytest.raises(ValueError, match=message):
         stn.SpatialTransformer(**{"localisation": nn.Flatten(), **given})(torch.rand(3, 2, *SIZE))
+
+
+LINE = nn.Flatten()
+
+
+@pytest.mark.parametrize(
+    "make,error,says",
+    [
+        *[(lambda d=d, m=m: m(dims=d), ValueError, rf"{m.__name__} takes dims .*3; got {d!r}") for m, d in (
+            (stn.AffineMap, 0), (stn.AffineMap, 4), (stn.AffineMap, 2.0), (stn.AttentionMap, 4), (stn.ProjectiveMap, 1),
+        )],
+        (lambda: stn.FreeFormMap((3, 3)), ValueError, "at least 4 control points along each axis"),
+        (lambda: stn.FreeFormMap((4,) * 4), ValueError, "d = 1, 2 or 3"),
+        (lambda: stn.FreeFormMap(5), TypeError, "integers, one for each axis; got 5"),
+        (lambda: stn.ThinPlateSplineMap(torch.rand(4)), ValueError, r"target_points \(K, 2\).*got \(4,\)"),
+        (lambda: stn.ThinPlateSplineMap(torch.rand(4, 3)), ValueError, r"target_points \(K, 2\).*got \(4, 3\)"),
+        (lambda: stn.ThinPlateSplineMap((2, 2), identity=torch.rand(5, 2)), ValueError, r"\(4, 2\) here; got \(5, 2\)"),
+        (lambda: stn.ThinPlateSplineMap(4), ValueError, r"\(rows, columns\), at least 2 each; got 4"),
+        (lambda: stn.PiecewiseAffineMap((2.0, 3)), ValueError, r"got \(2.0, 3\)"),
+        (lambda: stn.LinearBasisMap(a_basis(), identity=torch.rand(5)), ValueError, r"\(2, 5\) here; got \(5,\)"),
+        (lambda: stn.LinearBasisMap(a_basis().long()), TypeError, "basis in a floating-point dtype"),
+        (lambda: stn.LinearBasisMap(torch.rand(4)), ValueError, r"a basis \(B, \*size\)"),
+        (lambda: stn.SpatialTransformer(None), TypeError, "localisation must be a module.*got NoneType"),
+        (lambda: stn.SpatialTransformer(LINE, parallel=True), ValueError, "parallel must be .*got True"),
+        (lambda: stn.SpatialTransformer(LINE, mode="x"), ValueError, "mode must be one of"),
+        (lambda: stn.SpatialTransformer(LINE, padding_mode="x"), ValueError, "padding_mode must be one of"),
+        (lambda: stn.SpatialTransformer(LINE, fill=0.5, padding_mode="border"), ValueError, "fill is for padding_mode"),
+        (lambda: stn.SpatialTransformer(LINE, fill=None), TypeError, "fill must be a number.*got None"),
+        (lambda: stn.SpatialTransformer(LINE, fill="a"), TypeError, "fill must be a number.*got 'a'"),
+        (lambda: stn.SpatialTransformer(LINE, fill=torch.zeros(1, 2)), ValueError, "fill must be one number"),
+        (lambda: stn.SpatialTransformer(LINE, bounds="a"), TypeError, "bounds must be a number.*got 'a'"),
+        (lambda: stn.SpatialTransformer(LINE, size=4.5), TypeError, "size must be a sequence .*got 4.5"),
+        (lambda: stn.SpatialTransformer(LINE, size="ab"), TypeError, "size must be a sequence"),
+        (lambda: stn.SpatialTransformer(LINE, size=-1), ValueError, "size must not be negative"),
+        (lambda: stn.TPSRectifier(LINE, fill=0.5), ValueError, "fill is for padding_mode"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_a_sentence_when_it_is_made(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_a_sampler_of_ones_own_may_have_more_modes():
+    stn.SpatialTransformer(LINE, mode="lanczos", padding_mode="wrap", fill=1, sampler=lambda *a, **k: a[0])
 
 
 def test_other_sentences():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from tri_stn.nn import BendingEnergy, GradientLoss, LocalNCCLoss, bending_energy, gradient_loss, local_ncc
 
@@ -102,6 +103,39 @@ def test_correlation_gradients(dims):
     assert gradgradcheck(run, pair, fast_mode=True)
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 2)])
+def test_torch_func_takes_the_correlation(in_dims):
+    """A vmap against a loop: values, and the gradient taken inside and outside."""
+    pair = [random(2, 1, 4, 5, seed=s) for s in (1, 2)]
+    mapped = [x if d is None else torch.stack([x, x.flip(0)], d) for x, d in zip(pair, in_dims, strict=True)]
+    loss = lambda i, j: local_ncc(i, j, 3, 0.05)  # noqa: E731
+
+    def loop(function, *tensors):
+        each = ([x if d is None else x.select(d, k) for x, d in zip(tensors, in_dims, strict=True)] for k in (0, 1))
+        return [function(*one) for one in each]
+
+    torch.testing.assert_close(vmap(loss, in_dims)(*mapped), torch.stack(loop(loss, *mapped)))
+    both = grad(loss, (0, 1))
+    for actual, expected in zip(vmap(both, in_dims)(*mapped), zip(*loop(both, *mapped), strict=True), strict=True):
+        torch.testing.assert_close(actual, torch.stack(expected))
+    outside = grad(lambda i, j: vmap(loss, in_dims)(i, j).square().sum(), (0, 1))(*mapped)
+    torch.testing.assert_close(outside, grad(lambda i, j: sum(v**2 for v in loop(loss, i, j)), (0, 1))(*mapped))
+
+
+def test_forward_mode_of_the_correlation():
+    """Along a direction, and both orders of nesting, with windows that differ by axis."""
+    pair = [random(1, 2, 3, 4, seed=s) for s in (1, 2)]
+    along = tuple(random(1, 2, 3, 4, seed=s) for s in (3, 4))
+    loss = lambda i, j: local_ncc(i, j, (3, 5), 0.05)  # noqa: E731
+    grads = grad(loss, (0, 1))(*pair)
+    torch.testing.assert_close(
+        jvp(loss, tuple(pair), along)[1], sum((g * v).sum() for g, v in zip(grads, along, strict=True))
+    )
+    second = jacrev(jacrev(loss))(*pair)
+    for hessian in (jacfwd(jacrev(loss)), jacrev(jacfwd(loss)), jacfwd(jacfwd(loss))):
+        torch.testing.assert_close(hessian(*pair), second)
+
+
 def test_correlation_is_voxelmorphs_inside():
     """Where a window lies inside, its five sums give the same without eps; 1e-10 for the rounding of sums."""
     i, j = (random(1, 1, 9, 8, seed=s) for s in (1, 2))
@@ -130,6 +164,15 @@ def test_flat_regions_are_stable_in_fp32(level):
     torch.testing.assert_close(value.double(), truth, rtol=tolerance, atol=0)
     for g32, g in zip(grads32, grads, strict=True):
         assert (g32 - g).abs().max() <= 10 * tolerance * g.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 5), (2, 0, 4, 5)])
+def test_no_images_have_no_correlation_and_an_empty_gradient(shape):
+    """NaN, as the means of torch's own losses."""
+    empty = torch.zeros(shape, requires_grad=True)
+    value = local_ncc(empty, torch.zeros(shape))
+    value.backward()
+    assert value.isnan() and empty.grad.shape == shape
 
 
 def test_images_that_are_flat_everywhere():
@@ -191,6 +234,9 @@ def test_compiles_to_one_graph():
     grads = [torch.autograd.grad(f(*tensors), tensors[::2]) for f in (compiled, run)]
     for actual, expected in zip(*grads, strict=True):
         torch.testing.assert_close(actual, expected)
+    mapped = vmap(grad(lambda i, j: local_ncc(i, j, 3), (0, 1)))
+    pairs = [random(2, 1, 1, 4, 5, seed=s) for s in (1, 2)]
+    torch.testing.assert_close(torch.compile(mapped, fullgraph=True, backend="aot_eager")(*pairs), mapped(*pairs))
 
 
 IMAGE = torch.zeros(1, 1, 4, 4)
@@ -207,6 +253,7 @@ IMAGE = torch.zeros(1, 1, 4, 4)
         (lambda: local_ncc(IMAGE, IMAGE[..., :3]), ValueError, "two images of the same shape"),
         (lambda: local_ncc(IMAGE, IMAGE, 4), ValueError, "window must be an odd number of voxels"),
         (lambda: local_ncc(IMAGE, IMAGE, (3, 3, 3)), ValueError, "or 2 of them"),
+        (lambda: local_ncc(IMAGE, IMAGE, 3.0), ValueError, "one per axis; got 3.0"),
         (lambda: local_ncc(IMAGE, IMAGE, eps=0), ValueError, "eps must be positive"),
     ],
 )

@@ -88,6 +88,13 @@ def test_learns_and_stays_within_bounds():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_fiducials_are_there_after_the_meta_device():
+    make = lambda: TPSRectifier(Convolutional(1, 16), (8, 16), fiducials=8, margins=0.1)  # noqa: E731
+    with torch.device("meta"):
+        model = make()
+    assert torch.equal(model.to_empty(device="cpu").map.target_points, make().map.target_points)
+
+
 @pytest.mark.parametrize(
     "arguments,says",
     [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .files import write_whole
-from .functional import MODES, PADDING_MODES, warp
+from .functional import LARGEST_AXIS, MODES, PADDING_MODES, warp
 from .transforms import Affine
 
 FORMATS = {
@@ -25,6 +25,8 @@ FORMATS = {
 }  # fmt: skip
 NO_ALPHA = ("BMP", "JPEG")
 SIXTEEN_BITS = ("PNG", "TIFF")
+MOST_PIXELS = 2**28
+"""Of an output: some gigabytes in fp32. Pillow itself opens no picture of as many."""
 
 
 class CommandError(Exception):
@@ -133,10 +135,11 @@ def _parser() -> argparse.ArgumentParser:
 def _warp(arguments: argparse.Namespace) -> None:
     format = _output_format(arguments.output)
     device = _device(arguments.device)
+    if arguments.size:
+        _check_size("--size", *arguments.size)
     picture = _read(arguments.input)
+    _check_size(f"The size of {arguments.input}", *reversed(picture.pixels.shape[-2:]))
     width, height = arguments.size or reversed(picture.pixels.shape[-2:])
-    if min(width, height) < 1:
-        raise CommandError(f"--size must be positive; got {width} {height}.")
     try:
         theta = affine_theta(
             arguments.rotate, arguments.scale, arguments.shear, tuple(arguments.translate),
@@ -147,6 +150,16 @@ def _warp(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("mode", "padding_mode", "align_corners")}
     pixels = _warp_pixels(picture.pixels.to(device), Affine(theta.to(device)), (height, width), options)
     _write(Picture(pixels.cpu(), picture.bits, picture.icc_profile), arguments.output, format)
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise CommandError(f"{name} must be positive; got {width} {height}.")
+    if max(width, height) > LARGEST_AXIS or width * height > MOST_PIXELS:
+        raise CommandError(
+            f"{name} must be at most {LARGEST_AXIS} pixels along an axis and {MOST_PIXELS} in all; got {width} "
+            f"{height}."
+        )
 
 
 def _gallery(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ def register_transform(
     the twin does the work.
 
     Args:
-        name: letters, digits and underscores; not a built-in kind's. Registering a name again replaces it.
+        name: letters, digits and underscores; not a built-in kind's. Registering a name again replaces it. It also
+            names the class, "log_polar" a LogPolar: under that name at the top of a module, it can be pickled.
         map: ``map(theta, point) → point``, a ``@triton.jit`` function at the top of a module: theta a tuple of
             scalars, in the order of `parameters`; points a tuple of ``dims`` blocks of lanes, normalised, x first. The
             output's point goes in, the point of the input that is read there comes out.
@@ -60,6 +62,15 @@ def register_transform(
     lengths = dict(parameters) if isinstance(parameters, Mapping) else dict.fromkeys(parameters, 0)
     if not lengths or any(not isinstance(n, int) or n < 0 for n in lengths.values()):
         raise ValueError(f"parameters must name one number or more, with lengths of at least 1; got {parameters!r}.")
+    for parameter in lengths:
+        if not str(parameter).isidentifier() or parameter.startswith("_") or hasattr(_Registered, parameter):
+            raise ValueError(
+                f"parameters must have names that transforms do not use themselves, without a leading underscore; got "
+                f"{parameter!r}. Give it another name."
+            )
+    for argument, function in (("map", map), ("map_vjp", map_vjp), ("reference", reference)):
+        if not callable(function):
+            raise TypeError(f"register_transform takes {argument} as a function; got {type(function).__name__}.")
     count = sum(max(1, n) for n in lengths.values())
     labels = [f"{p}[{i}]" if n else p for p, n in lengths.items() for i in range(max(1, n))]
     if example is not None and len(example) != count:
@@ -74,6 +85,7 @@ def register_transform(
     points.LINKS[name] = points.Link(reference, lambda _: count, table=False, linear=False)
     title = "".join(word.capitalize() for word in name.split("_"))
     body = {"kind": name, "dims": dims, "_lengths": lengths, "__doc__": f"{title}({', '.join(lengths)}): registered."}
+    body["__module__"] = sys._getframe(1).f_globals.get("__name__", "__main__")  # where pickle looks for the class
     return type(title, (_Registered,), body)
 
 

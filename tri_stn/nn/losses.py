@@ -6,7 +6,8 @@ All are computed in fp32 for 16-bit tensors, under autocast too, and in fp64 for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -131,13 +132,19 @@ def local_ncc(input: Tensor, target: Tensor, window: int | Sequence[int] = 9, ep
             f"{tuple(input.shape)} and target {tuple(target.shape)}."
         )
     dims = input.dim() - 2
-    windows = (window,) * dims if isinstance(window, int) else tuple(window)
-    if len(windows) != dims or any(w < 1 or w % 2 == 0 for w in windows):
+    windows = tuple(window) if isinstance(window, Iterable) else (window,) * dims
+    if len(windows) != dims or any(not isinstance(w, Integral) or w < 1 or w % 2 == 0 for w in windows):
         raise ValueError(f"window must be an odd number of voxels, or {dims} of them, one per axis; got {window!r}.")
     if not eps > 0:
         raise ValueError(f"eps must be positive, a share of the image's variance; got {eps!r}.")
     wide = torch.promote_types(torch.promote_types(input.dtype, target.dtype), torch.float32)
-    return _LocalNCC.apply(input.to(wide), target.to(wide), windows, eps)
+    pair = input.to(wide), target.to(wide)
+    transformed = torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if torch.autograd.forward_ad._current_level < 0 and not transformed:
+        return _LocalNCC.apply(*pair, windows, eps)
+    # In forward mode, which keeps nothing, torch's own operations have all orders; Dynamo maps over these alone.
+    a, b, c, _, _ = _local_moments(_centred(pair[0]), _centred(pair[1]), windows, eps)
+    return (a / b * (a / c)).mean()
 
 
 class GradientLoss(nn.Module):
@@ -212,12 +219,17 @@ class _LocalNCC(torch.autograd.Function):
         ∂/∂I = M*[α] J + 2 M*[β] I - M*[α M[J] + 2 β M[I]] + 2 eps (Σ β) I / |I|
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, windows: tuple[int, ...], eps: float) -> Tensor:
-        ctx.save_for_backward(input, target)
-        ctx.windows, ctx.eps = windows, eps
+    def forward(input: Tensor, target: Tensor, windows: tuple[int, ...], eps: float) -> Tensor:
         a, b, c, _, _ = _local_moments(_centred(input), _centred(target), windows, eps)
         return (a / b).mul_(a.div_(c)).mean()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        input, target, ctx.windows, ctx.eps = inputs
+        ctx.save_for_backward(input, target)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,7 +247,7 @@ class _LocalNCC(torch.autograd.Function):
                 grads.append(None)
                 continue
             beta = -scale * correlation * (a / variance)
-            floor = 2 * ctx.eps * beta.sum(_places(x), keepdim=True) / x[0, 0].numel()
+            floor = 2 * ctx.eps * beta.sum(_places(x), keepdim=True) / math.prod(x.shape[2:])
             through_means = _adjoint_mean(2 * (scale * correlation * mean_y + beta * mean_x), ctx.windows)
             grads.append(alpha * y + (2 * _adjoint_mean(beta, ctx.windows) + floor) * x - through_means)
         return *grads, None, None

@@ -1,17 +1,21 @@
 """Which numbers make which map: from a localisation network's output to a transform.
 
 Each class says how many numbers one map takes and which of them are the identity. What is not learned (control
-points, triangles) is a buffer that follows the module to its device and stays out of the state dict.
+points, triangles) is a buffer that follows the module to its device and stays out of the state dict, so it comes back
+by itself where a module is built on the meta device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_floating
 from ..transforms import (
     Affine,
     Attention,
@@ -25,7 +29,65 @@ from ..transforms import (
 )
 
 
-class ParametricMap(nn.Module):
+class Constants(nn.Module):
+    """A module with settings that are tensors: buffers outside the state dict, which `to_empty` leaves without numbers.
+
+    They are kept as they were given too, and put back when the module leaves the meta device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constants: dict[str, Tensor] = {}
+
+    def register_constant(self, name: str, value: Tensor | None, learnable: bool = False) -> None:
+        if value is not None:
+            self._constants[name] = value
+            if torch.get_default_device().type == "meta":
+                value = value.to("meta")
+        if learnable and value is not None:
+            self.register_parameter(name, nn.Parameter(value.clone()))
+        else:
+            self.register_buffer(name, value, persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Put back what this module was given as tensors, as torch's own modules do: FSDP and others call it.
+
+        Raises:
+            ValueError: one was given on the meta device.
+        """
+        for name, value in self._constants.items():
+            own = getattr(self, name)
+            if not value.is_meta:
+                own.copy_(value)
+            elif not own.is_meta and not isinstance(own, nn.Parameter):
+                raise ValueError(
+                    f"The {name} of this {type(self).__name__} was given on the meta device, where tensors have no "
+                    "numbers. Give it on another one: the module follows the default device by itself."
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
+        on_meta = [name for name, buffer in self.named_buffers(recurse=False) if buffer.is_meta]
+        super()._apply(fn, recurse)
+        if on_meta and not getattr(self, on_meta[0]).is_meta:  # which to_empty alone can do
+            self.reset_parameters()
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping, prefix: str, local_metadata: dict, *more: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+        if local_metadata.get("assign_to_params_buffers"):  # what is learned leaves the meta device by this alone
+            for name, value in self._constants.items():
+                if name in self._buffers and getattr(self, name).is_meta:
+                    self._buffers[name] = value.to(getattr(self, name).dtype)
+
+
+def real_device() -> torch.device:
+    """Where new tensors go, but the CPU for the meta device: it holds no numbers."""
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+class ParametricMap(Constants):
     """A family of maps, each given by a few numbers. To bring your own, derive from it, or give it a function.
 
     Args:
@@ -50,7 +112,7 @@ class ParametricMap(nn.Module):
         super().__init__()
         if not isinstance(identity, Tensor) or identity.dim() != 1 or not identity.is_floating_point():
             raise ValueError("A map's identity must be a floating-point tensor of shape (count,).")
-        self.register_buffer("identity", identity.detach(), persistent=False)
+        self.register_constant("identity", identity.detach())
         self._build = build
 
     @property
@@ -75,7 +137,8 @@ class AffineMap(ParametricMap):
     """
 
     def __init__(self, dims: int = 2) -> None:
-        super().__init__(torch.eye(dims, dims + 1).flatten())
+        _check_dims("AffineMap", dims)
+        super().__init__(torch.eye(dims, dims + 1, device=real_device()).flatten())
         self.dims = dims
 
     def forward(self, parameters: Tensor) -> Transform:
@@ -109,12 +172,13 @@ class AttentionMap(ParametricMap):
     def __init__(
         self, dims: int = 2, per_axis: bool = False, inside: bool = False, smallest: float = 0.1, start: float = 0.9
     ) -> None:
+        _check_dims("AttentionMap", dims)
         if not 0 < smallest < start < 1:
             raise ValueError(f"AttentionMap takes 0 < smallest < start < 1; got {smallest} and {start}.")
         scales = dims if per_axis else 1
         share = (start - smallest) / (1 - smallest)
         scale = math.log(share / (1 - share)) if inside else 1.0
-        super().__init__(torch.tensor([scale] * scales + [0.0] * dims))
+        super().__init__(torch.tensor([scale] * scales + [0.0] * dims, device=real_device()))
         self.dims, self.per_axis, self.inside, self.smallest = dims, per_axis, inside, smallest
 
     def forward(self, parameters: Tensor) -> Transform:
@@ -135,7 +199,7 @@ class SimilarityMap(ParametricMap):
     """
 
     def __init__(self) -> None:
-        super().__init__(torch.zeros(4))
+        super().__init__(torch.zeros(4, device=real_device()))
 
     def forward(self, parameters: Tensor) -> Transform:
         scale, angle = parameters[..., 0], parameters[..., 1]
@@ -152,7 +216,8 @@ class ProjectiveMap(ParametricMap):
     """
 
     def __init__(self, dims: int = 2) -> None:
-        super().__init__(torch.eye(dims + 1).flatten()[:-1])
+        _check_dims("ProjectiveMap", dims, (2, 3))
+        super().__init__(torch.eye(dims + 1, device=real_device()).flatten()[:-1])
         self.dims = dims
 
     def forward(self, parameters: Tensor) -> Transform:
@@ -182,8 +247,10 @@ class ThinPlateSplineMap(ParametricMap):
         identity: Tensor | None = None,
     ) -> None:  # fmt: skip
         points = target_points if isinstance(target_points, Tensor) else _regular_points(target_points)
-        super().__init__((points if identity is None else identity).flatten())
-        self.register_buffer("target_points", points.detach().clone(), persistent=False)
+        points = points.detach().clone()
+        ThinPlateSpline(points, points.unsqueeze(0), regularization)  # which says what does not fit
+        super().__init__(points.flatten() if identity is None else _start("ThinPlateSplineMap", identity, points.shape))
+        self.register_constant("target_points", points)
         self.regularization = regularization
 
     def forward(self, parameters: Tensor) -> Transform:
@@ -203,7 +270,11 @@ class FreeFormMap(ParametricMap):
     """
 
     def __init__(self, lattice_size: Sequence[int] = (5, 5)) -> None:
-        super().__init__(torch.zeros(math.prod(lattice_size) * len(lattice_size)))
+        if not isinstance(lattice_size, Iterable) or not all(isinstance(n, Integral) for n in lattice_size):
+            raise TypeError(f"FreeFormMap takes lattice_size as integers, one for each axis; got {lattice_size!r}.")
+        lattice = torch.zeros(1, *lattice_size, len(lattice_size), device=real_device())
+        FreeForm(lattice)  # which says what does not fit
+        super().__init__(lattice.flatten())
         self.lattice_size = tuple(lattice_size)
 
     def forward(self, parameters: Tensor) -> Transform:
@@ -228,11 +299,10 @@ class PiecewiseAffineMap(ParametricMap):
     def __init__(self, corners: Sequence[int] = (4, 4)) -> None:
         points = _regular_points(corners)
         super().__init__(points.flatten())
-        index = torch.arange(len(points)).view(*corners)
+        index = torch.arange(len(points), device=points.device).view(*corners)
         a, b, c, d = (t.flatten() for t in (index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]))
-        self.register_buffer("target_points", points, persistent=False)
-        triangles = torch.cat([torch.stack([a, b, c], -1), torch.stack([b, d, c], -1)])
-        self.register_buffer("triangles", triangles, persistent=False)
+        self.register_constant("target_points", points)
+        self.register_constant("triangles", torch.cat([torch.stack([a, b, c], -1), torch.stack([b, d, c], -1)]))
 
     def forward(self, parameters: Tensor) -> Transform:
         return PiecewiseAffine(self.target_points, self.triangles, parameters.unflatten(-1, (-1, 2)))
@@ -261,28 +331,48 @@ class LinearBasisMap(ParametricMap):
     basis: Tensor
 
     def __init__(self, basis: Tensor, learnable: bool = False, identity: Tensor | None = None) -> None:
-        super().__init__((_identity_in(basis) if identity is None else identity).flatten())
-        if learnable:
-            self.basis = nn.Parameter(basis.detach().clone())
-        else:
-            self.register_buffer("basis", basis.detach(), persistent=False)
+        basis = check_floating(basis, "LinearBasisMap", "basis")
+        shape = torch.Size((max(basis.dim() - 1, 0), *basis.shape[:1]))
+        LinearBasis(basis.new_empty(1, *shape), basis)  # which says what does not fit
+        start = _identity_in(basis).flatten() if identity is None else _start("LinearBasisMap", identity, shape)
+        super().__init__(start)
+        self.register_constant("basis", basis.detach(), learnable)
 
     def forward(self, parameters: Tensor) -> Transform:
         return LinearBasis(parameters.unflatten(-1, (self.basis.dim() - 1, -1)), self.basis)
 
 
+def _check_dims(name: str, dims: int, allowed: Sequence[int] = (1, 2, 3)) -> None:
+    if not isinstance(dims, Integral) or dims not in allowed:
+        raise ValueError(f"{name} takes dims {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}; got {dims!r}.")
+
+
+def _start(name: str, identity: Tensor, shape: torch.Size) -> Tensor:
+    """The numbers to start from, in one row."""
+    identity = check_floating(identity, name, "identity")
+    if identity.numel() != shape.numel():
+        raise ValueError(f"{name} takes identity of shape {tuple(shape)} here; got {tuple(identity.shape)}.")
+    return identity.flatten()
+
+
 def _regular_points(counts: Sequence[int]) -> Tensor:
     """(rows, columns) → (rows × columns, 2) from -1 to 1, x first, row by row."""
-    if len(counts) != 2 or min(counts) < 2:
-        raise ValueError(f"A regular grid of control points is (rows, columns), at least 2 each; got {tuple(counts)}.")
-    y, x = (torch.linspace(-1, 1, n) for n in counts)
+    fits = isinstance(counts, Sized) and len(counts) == 2
+    if not fits or not all(isinstance(n, Integral) and n >= 2 for n in counts):
+        raise ValueError(f"A regular grid of control points is (rows, columns), at least 2 each; got {counts!r}.")
+    y, x = (torch.linspace(-1, 1, n, device=real_device()) for n in counts)
     return torch.cartesian_prod(y, x).flip(-1).contiguous()
 
 
 def _identity_in(basis: Tensor) -> Tensor:
     """Coefficients (d, B) that make the identity of a basis (B, *size)."""
+    if basis.is_meta:
+        raise ValueError(
+            "The basis of LinearBasisMap is on the meta device, without numbers to find the identity in. Give a basis "
+            "that is on another device, or the coefficients to start from as identity=."
+        )
     size = basis.shape[1:]
-    axes = [(torch.arange(n, dtype=torch.float64) * 2 + 1) / n - 1 for n in size]
+    axes = [(torch.arange(n, dtype=torch.float64, device="cpu") * 2 + 1) / n - 1 for n in size]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1).flip(0)  # (d, P), x first
     functions = basis.detach().double().cpu().flatten(1)  # (B, P)
     coefficients = torch.linalg.lstsq(functions.T, places.T, driver="gelsd").solution.T

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import warp
-from .maps import ThinPlateSplineMap
+from .maps import ThinPlateSplineMap, real_device
 from .transformer import SpatialTransformer
 
 
@@ -86,5 +86,5 @@ def _two_rows(count: int, margins: float | Sequence[float]) -> Tensor:
             f"{margins!r}."
         )
     right, low = (1 - 2 * share for share in shares)
-    x = torch.linspace(-right, right, count // 2)
+    x = torch.linspace(-right, right, count // 2, device=real_device())
     return torch.cat([torch.stack([x, torch.full_like(x, y)], -1) for y in (-low, low)])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import warp
-from .maps import NAMED, ParametricMap
+from ..functional import MODES, PADDING_MODES, _check_choice, _check_fill, _check_size, warp
+from .maps import NAMED, Constants, ParametricMap, real_device
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Constants):
     """Look at the input, choose a map, read the input through it (Jaderberg et al. 2015, section 3).
 
     The localisation network gives, for each image, how far its map departs from the identity (``residual``), so that a
@@ -76,11 +76,18 @@ class SpatialTransformer(nn.Module):
             raise TypeError(
                 f"transform must be a name such as 'affine', or a ParametricMap; got {type(transform).__name__}."
             )
-        if parallel is not None and (not isinstance(parallel, int) or parallel < 1):
+        if not callable(localisation):
+            raise TypeError(
+                f"localisation must be a module, such as FullyConnected; got {type(localisation).__name__}."
+            )
+        if parallel is not None and (not isinstance(parallel, int) or isinstance(parallel, bool) or parallel < 1):
             raise ValueError(f"parallel must be a number of maps per image, at least 1, or None; got {parallel!r}.")
         self.localisation = localisation
         self.map = transform
-        self.size = size if size is None or isinstance(size, int) else tuple(size)
+        self.size = tuple(size) if isinstance(size, Iterable) else size
+        if size is not None:
+            sizes: Any = (size,) if isinstance(size, int) else self.size
+            _check_size(sizes, len(sizes) if isinstance(sizes, tuple) else 2)
         self.parallel = parallel
         self.residual = residual
         self.sampler = sampler
@@ -88,19 +95,23 @@ class SpatialTransformer(nn.Module):
         if antialias:
             self.options["antialias"] = True
         # On the module's device, so that no call copies numbers there.
-        self.register_buffer("bounds", self._check_bounds(bounds), persistent=False)
+        self.register_constant("bounds", None if bounds is None else self._check_bounds(bounds))
         number = isinstance(fill, (int, float))
         self.fill = fill if number else None
-        self.register_buffer("fills", None if number else torch.as_tensor(fill, dtype=torch.float32), persistent=False)
+        self.register_constant("fills", None if number else _tensor("fill", fill, torch.float32))
+        if sampler is warp:  # another may have more choices
+            _check_choice("mode", mode, MODES)
+            _check_choice("padding_mode", padding_mode, PADDING_MODES)
+            values = self.map.identity.new_tensor(fill) if self.fills is None else self.fills
+            _check_fill(fill if number else values, values.new_empty(1, values.numel()), padding_mode)
 
     bounds: Tensor | None
     fills: Tensor | None
 
-    def _check_bounds(self, bounds: float | Tensor | None) -> Tensor | None:
-        if bounds is None:
-            return None
-        limits = torch.as_tensor(bounds, dtype=self.map.identity.dtype)
-        if limits.shape not in ((), (self.map.count,)) or not bool((limits > 0).all()):
+    def _check_bounds(self, bounds: float | Tensor) -> Tensor:
+        limits = _tensor("bounds", bounds, self.map.identity.dtype)
+        positive = limits.is_meta or bool((limits > 0).all())
+        if limits.shape not in ((), (self.map.count,)) or not positive:
             raise ValueError(f"bounds must be positive, one number or a tensor ({self.map.count},); got {bounds!r}.")
         return limits
 
@@ -152,3 +163,12 @@ class SpatialTransformer(nn.Module):
         size = "the input's" if self.size is None else self.size
         settings: dict[str, Any] = {"size": size, "parallel": self.parallel} | self.options
         return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+
+
+def _tensor(name: str, given: Any, dtype: torch.dtype) -> Tensor:
+    """Numbers or a tensor as a tensor with numbers in it, a given one where it is."""
+    device = given.device if isinstance(given, Tensor) else real_device()
+    try:
+        return torch.as_tensor(given, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number, several or a tensor; got {given!r}.") from error
