@@ -26,7 +26,7 @@ WARP = 32
 ATOMIC: dict[str, np.ufunc] = {"add": np.add, "min": np.minimum, "max": np.maximum}
 
 _EXPRESSIONS = {
-    "abs": "np.abs({})", "neg": "(-{})", "copysign": "np.copysign({1}, {0})",
+    "cvta": "{}", "abs": "np.abs({})", "neg": "(-{})", "copysign": "np.copysign({1}, {0})",
     "not": "(~{})", "and": "({} & {})", "or": "({} | {})", "xor": "({} ^ {})",
     "mul": "({} * {})", "mul.hi": "high({}, {})", "mul.wide": "(wide({}) * wide({}))", "fma": "fused({}, {}, {})",
     "min": "np.fmin({}, {})", "min.NaN": "np.minimum({}, {})", "max": "np.fmax({}, {})",
@@ -125,7 +125,7 @@ class Program:
         if opcode in ("bra", "ret"):
             to = self.labels[operands[0]] if opcode == "bra" else "T.END"
             return [f"following = {to}" if mask == "None" else f"following = np.where({mask}, {to}, following)"]
-        if modifiers[0] == "local" or "cc" in modifiers:
+        if name.startswith(("ld.local", "st.local")) or "cc" in modifiers:
             raise ValueError("neither memory of a thread's own nor carries")
         translate = getattr(self, f"_{opcode}", None)
         if translate is None:
