@@ -154,8 +154,8 @@ def _plan(
     all_channels = dense and need_parameters
     scatter_tile = tiling.scatter_tile(size, *of_image, all_channels, deterministic, tangent)
     tiles, channel_programs = scatter_tile.grid(1, channels, size)
-    walk_tile = tiling.walk_tile(input_size, *of_image, folds, tangent, maps > 1)
-    if maps == 1:
+    walk_tile = tiling.walk_tile(input_size, *of_image, folds, tangent, maps > 1, fill is not None)
+    if maps == 1 and not walk_tile.is_crowded:
         walk_tile = walk_tile.for_images(batch, channels, input_size)
     walk_grid = walk_tile.grid(batch, channels, input_size)
 

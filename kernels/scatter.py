@@ -211,9 +211,11 @@ def _visit(
     # An atomic waits for what it adds, and all loads behind it wait with it. So all loads come before all atomics; of a
     # cubic sample's corners, so many that registers run out, behind them.
     READS_FIRST: tl.constexpr = TAPS <= 2
-    # Of few corners, the products with grad_output are added up over all channels first, and over threads at the end.
+    # Of few corners, the products with grad_output are added up over all channels first: by each thread over those that
+    # it loads at once, and over threads at the end.
     DOTS: tl.constexpr = TAPS <= 2 and NEED_PARAMETERS
-    dots = tuples.zeros(TAPS**AXES if DOTS else 0, (LANES, BLOCK_C), COMPUTE)
+    AT_ONCE: tl.constexpr = min(BLOCK_C, 128 // grad_output_ptr.dtype.element_ty.primitive_bitwidth)
+    dots = tuples.zeros(TAPS**AXES if DOTS else 0, (LANES, BLOCK_C // AT_ONCE), COMPUTE)
     tangent_dots = dots if INPUT_TANGENT else ()
     for first in range(start, stop, UNROLL * BLOCK_C):
         grad_outputs = ()
@@ -251,13 +253,13 @@ def _visit(
                         inside &= ~direct
                     corner_mask = block_mask(inside & wanted, c, channels, WHOLE)
                     value = load_block(input_ptr, where, c, input_strides, corner_mask, INDEX, COMPUTE)
-                    dot = value * grad_output
+                    dot = _some(value * grad_output, AT_ONCE)
                     tangent_dot = dot
                     if INPUT_TANGENT:
                         value = load_block(
                             input_tangent_ptr, where, c, input_tangent_strides, corner_mask, INDEX, COMPUTE
                         )
-                        tangent_dot = value * grad_output
+                        tangent_dot = _some(value * grad_output, AT_ONCE)
                     if DOTS:
                         dots = _add_at(dots, corner_id, dot)
                         if INPUT_TANGENT:
@@ -347,12 +349,18 @@ def _add_at(numbers, place: tl.constexpr, more):
 
 
 @triton.jit
+def _some(x, AT_ONCE: tl.constexpr):
+    """[LANES, BLOCK_C] → sums over so many neighbours."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // AT_ONCE, AT_ONCE)), axis=2)
+
+
+@triton.jit
 def _slopes(
     grad_x, held_grad_x, weights, slopes, curvatures, t, dot, tangent_dot,
     TANGENT: tl.constexpr, HOLDS: tl.constexpr, INPUT_TANGENT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of where a sample looks, and with HOLDS of where it is, with those that come over one corner: dot
-    is the corner's pixel times grad_output, [LANES, BLOCK_C], tangent_dot that of the pixel's tangent.
+    is the corner's pixel times grad_output, by parts of the channels, tangent_dot that of the pixel's tangent.
     """
     dot = tl.sum(dot, axis=1)
     if INPUT_TANGENT:

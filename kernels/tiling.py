@@ -42,6 +42,11 @@ class Tile:
     """How many tiles of an image a program takes, one after another: what it does once for all of them, dividing,
     loading a matrix, adding up over its lanes, takes as long as a small tile."""
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether a walk with so many channels has no register left, where four of its programs are to fit."""
+        return self.block_c * self.unroll > 32
+
     def grid(self, images: int, channels: int, size: Sequence[int]) -> tuple[int, int]:
         """Programs for so many images, channels and an image size (y before x, as in a shape)."""
         return images * self.programs(size), _quotient(channels, self.channels_per_program)
@@ -114,7 +119,7 @@ def gather_tile(
     """
     most = (64 if taps <= 2 else 8 if tangent else 32) if channels_last else (4 if taps <= 2 else 1)
     cap = 128 if not tangent else 255 if of_volumes else 168 if taps > 2 and channels_last else 128
-    return _tile(size, channels, channels_last, dtype, most, per_program=256 if channels_last else 64, cap=cap)
+    return _tile(size, channels, channels_last, dtype, taps, most, per_program=256 if channels_last else 64, cap=cap)
 
 
 def scatter_tile(
@@ -135,7 +140,7 @@ def scatter_tile(
     per_program = _power_of_two(channels) if all_channels else 64
     most = (32 if taps <= 2 else 8 if tangent else 16) if channels_last else (4 if taps <= 2 else 1)
     cap = 168 if taps <= 2 and len(size) <= 2 and not fixed else 255
-    tile = _tile(size, channels, channels_last, dtype, most, per_program, cap)
+    tile = _tile(size, channels, channels_last, dtype, taps, most, per_program, cap)
     # Without a mask of channels, sm_80's compiler moves a cubic sample's loads together and spills two of them.
     return replace(tile, whole=False) if taps > 2 else tile
 
@@ -149,18 +154,29 @@ def walk_tile(
     folds: bool,
     tangent: bool = False,
     several: bool = False,
+    fill: bool = False,
 ) -> Tile:
     """The tile of a program that owns input pixels, of an input of this size, and one block of channels; `folds` as
-    its padding does; with `several` maps of an image it holds their sums from one to the next.
+    its padding does; with `several` maps of an image it holds their sums from one to the next, with a `fill` that.
     """
-    most = 64 if channels_last and taps <= 2 else 32 if channels_last else 8
-    several = several and channels > 4 and not channels_last
-    steps = max(folds, (taps > 2 or len(size) > 2) + (tangent or several))
-    return _tile(size, channels, channels_last, dtype, most, per_program=0, cap=(128, 168, 255)[steps])
+    most = 8 if not channels_last else 64 if taps <= 2 else 32
+    more = several and channels > 4 and not channels_last
+    steps = max(folds, (taps > 2 or len(size) > 2) + (tangent or more))
+    tile = _tile(size, channels, channels_last, dtype, taps, most, per_program=0, cap=(128, 168, 255)[steps])
+    if tile.is_crowded and (several or fill or not tile.whole):
+        return replace(tile, max_registers=max(168, tile.max_registers))
+    return tile
 
 
 def _tile(
-    size: Sequence[int], channels: int, channels_last: bool, dtype: torch.dtype, most: int, per_program: int, cap: int
+    size: Sequence[int],
+    channels: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    taps: int,
+    most: int,
+    per_program: int,
+    cap: int,
 ) -> Tile:
     """At most so many channels held at once, and some more for each program, one after another."""
     # Rounded up to what makes a difference, so that few keys, and few compilations, serve all shapes.
@@ -172,9 +188,11 @@ def _tile(
     blocks = _quotient(channels, block_c)
     unroll = _quotient(blocks, _quotient(blocks, max(1, most // block_c)))
     held = block_c * unroll
-    # Triton knows of multiples of 16 alone, so that of others a thread loads one number at once.
-    threads = max(1, block_c * dtype.itemsize // _THREAD) if channels % 16 == 0 else 4
-    threads = threads if block_c >= 8 else 1
+    threads = 1
+    if block_c >= 8:
+        # Triton knows of multiples of 16 alone, of others a thread loads one number at once; and cubic samples, with
+        # 16 corners and more, have registers for fewer.
+        threads = max(1, block_c * dtype.itemsize // _THREAD) if channels % 16 == 0 and taps <= 2 else 4
     block = _block(extent, threads)
     in_all = held if channels <= held else held * max(1, _quotient(per_program, held))
     num_warps = math.prod(block) * threads // _WARP

@@ -67,12 +67,12 @@ def test_all_sizes_share_a_few_tiles_and_a_few_keys():
 def test_channels_fall_into_blocks_that_waste_few(most, per_program):
     """Every channel has one program; blocks are whole where channels can be shared out alike."""
     for channels in range(1, 300):
-        tile = tiling._tile((64, 64), channels, False, torch.float32, most, per_program, 255)
+        tile = tiling._tile((64, 64), channels, False, torch.float32, 2, most, per_program, 255)
         assert tile.channels_per_program % tile.unroll == 0, "programs would share a block"
         blocks = -(-channels // tile.unroll)
         assert blocks == -(-channels // most) and blocks * tile.unroll - channels < blocks
         assert tile.whole == (channels % tile.unroll == 0)
-    counts = {tiling._tile((64, 64), n, False, torch.float32, most, per_program, 255) for n in range(1, 300)}
+    counts = {tiling._tile((64, 64), n, False, torch.float32, 2, most, per_program, 255) for n in range(1, 300)}
     assert len(counts) <= 4 * most, "each is a compilation"
 
 
@@ -115,11 +115,37 @@ def test_blocks_of_eight_warps_match_torch(backend, larger_blocks, kind, padding
     check(case, backend)
 
 
+SIDE_BY_SIDE = [(n, "channels_last", torch.float32) for n in (8, 16, 20, 48, 96)]
+SIDE_BY_SIDE += [(n, "channels_last", torch.bfloat16) for n in (16, 48, 64, 160)] + [
+    (24, "channels_last", torch.float64)
+]
+
+
 @pytest.mark.parametrize("backend", ["kernels"], indirect=True)
-@pytest.mark.parametrize("channels", [1, 2, 4, 5, 6, 7, 8, 11])
+@pytest.mark.parametrize(
+    "channels,arrangement,dtype",
+    [*((n, "contiguous", torch.float32) for n in (1, 2, 4, 5, 6, 7, 8, 11)), *SIDE_BY_SIDE],
+)
 @pytest.mark.parametrize("kind", ["affine", "grid"])
-def test_any_number_of_channels(backend, kind, channels):
-    check(Case(kind=kind, size=(4, 5), input_size=(5, 3), images=1, channels=channels), backend)
+def test_any_number_of_channels(backend, kind, channels, arrangement, dtype):
+    """Held at once and one after another, by one thread a pixel, by two and by four, in whole blocks or not."""
+    sizes = {"size": (4, 5), "input_size": (5, 3), "images": 1}
+    check(Case(kind=kind, channels=channels, arrangement=arrangement, dtype=dtype, **sizes), backend)
+
+
+@pytest.mark.parametrize(
+    "channels,dtype,expected",
+    [
+        (64, torch.float32, (16, 4, 32)), (96, torch.float32, (16, 3, 32)), (16, torch.float32, (16, 1, 32)),
+        (64, torch.bfloat16, (32, 2, 32)), (16, torch.bfloat16, (16, 1, 64)), (8, torch.bfloat16, (8, 1, 32)),
+        (64, torch.float64, (8, 2, 32)), (3, torch.float32, (4, 1, 128)), (20, torch.float32, (16, 2, 32)),
+    ],
+)  # fmt: skip
+def test_threads_share_a_pixel_by_two_sectors(channels, dtype, expected):
+    """Of 16 bytes each, where Triton can tell that they are aligned: channels in a block, blocks, pixels."""
+    tile = tiling.gather_tile((100, 100), channels, True, dtype, taps=2)
+    assert (tile.block_c, tile.unroll, math.prod(tile.block)) == expected
+    assert tile.num_warps == 4
 
 
 @pytest.fixture
