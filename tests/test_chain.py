@@ -351,6 +351,23 @@ def test_batches(backend, images, maps):
         torch.testing.assert_close(output[index], expected[0])
 
 
+@pytest.mark.parametrize("fields", [1, 2])
+def test_many_gradients_of_a_field(backend, fields):
+    """Of the output, by torch.func.vmap, and each with a field's gradient of its own."""
+    image, theta, field = (
+        t.double().to(backend) for t in (randn(2, 3, 5, 4), randn(2, 2, 3, seed=1), randn(fields, 4, 3, 2))
+    )
+    given = [t.requires_grad_() for t in (image, theta, field)]
+    output = tri_stn.warp(given[0], tri_stn.Compose(tri_stn.Affine(given[1]), tri_stn.Displacement(given[2])))
+    along = randn(2, *output.shape).to(output)
+
+    def gradients(g):
+        return torch.autograd.grad(output, given, g, retain_graph=True)
+
+    for found, *expected in zip(torch.vmap(gradients)(along), *map(gradients, along), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
 @pytest.mark.parametrize("name", ["thin_plate", "chain"])
 def test_func_transforms_and_compile(backend, name):
     make, transform, _ = MAPS[name]

@@ -202,6 +202,7 @@ class _Warp(torch.autograd.Function):
         kept = input if any(ctx.needs_input_grad[1:3]) else None
         ctx.save_for_backward(kept, parameters, auxiliary, fill)
         ctx.save_for_forward(input, parameters, auxiliary, fill)
+        ctx.batches = _batches(input, parameters, auxiliary)
         ctx.layout = input.shape[2:], ops.is_channels_last(input)
         ctx.set_materialize_grads(False)  # a tangent that is there but zero would cost a pass
 
@@ -214,7 +215,7 @@ class _Warp(torch.autograd.Function):
         backward: Callable[..., Any] = _backward_through_grid if again else functools.partial(_apply, _Backward)
         grad_output = _spread(grad_output, ctx.size, ctx.project)
         gradients = backward(grad_output, *ctx.saved_tensors, ctx.layout, needs, ctx.options)
-        return *_wanted(gradients, needs), None, None, None, None
+        return *_summed(_wanted(gradients, needs), ctx.batches), None, None, None, None
 
     @staticmethod
     def jvp(
@@ -351,6 +352,8 @@ class _Backward(torch.autograd.Function):
         *tensors, ctx.layout, ctx.needs, ctx.options = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
+        ctx.batches = _batches(*tensors[:3])
+        ctx.shapes = [gradient.shape for gradient in output[:2]]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -368,7 +371,7 @@ class _Backward(torch.autograd.Function):
             grad_grad = _change(*tensors, size, "", ctx.options)
         tensors = grad_output, input, parameters, fill, input_tangent, parameters_tangent
         gradients = _backward_change(*tensors, ctx.layout, wants[1:], ctx.options)
-        return grad_grad, *gradients, None, None, None, None, None
+        return *_summed([grad_grad, *gradients], ctx.batches), None, None, None, None, None
 
     @staticmethod
     def jvp(
@@ -386,15 +389,19 @@ class _Backward(torch.autograd.Function):
             change if s is None else s if change is None else s + change
             for s, change in zip(sums, changes, strict=True)
         ]
-        shapes = (parameters.shape[0], grad_output.shape[1], *ctx.layout[0]), parameters.shape
-        for i, (like, shape) in enumerate(zip((grad_output, parameters), shapes, strict=True)):
+        for i, like in enumerate((grad_output, parameters)):
             if sums[i] is None:
-                sums[i] = like.new_zeros(shape if ctx.needs[i] else (0,))
+                sums[i] = like.new_zeros(ctx.shapes[i])
         return sums[0], sums[1], parameters.new_zeros(0)  # type: ignore[return-value]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 0, 0))
+        asked = args[6][2]
+        if asked:  # one gradient of the field for each entry
+            grad_output, input, parameters, field, *rest = args
+            args = grad_output, input, parameters, field.expand(info.batch_size, *field.shape), *rest
+            in_dims = *in_dims[:3], 0, *in_dims[4:]
+        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, int(asked), 0))
 
 
 class _Change(torch.autograd.Function):
@@ -412,6 +419,7 @@ class _Change(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         *tensors, ctx.size, ctx.project, ctx.options = inputs
         ctx.save_for_backward(*tensors)
+        ctx.batches = _batches(*tensors)
         ctx.layout = tensors[0].shape[2:], ops.is_channels_last(tensors[0])
 
     @staticmethod
@@ -429,7 +437,7 @@ class _Change(torch.autograd.Function):
             tensors = grad_output, input, parameters, None, fill
             gradients = _apply(_Backward, *tensors, ctx.layout, (*needs, False), ctx.options)
             results[3:] = _wanted(gradients[:2], needs)
-        return *results, None, None, None
+        return *_summed(results, ctx.batches), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Tensor:
@@ -477,6 +485,18 @@ def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[_Option
     return [g if need else None for g, need in zip(gradients, needed, strict=True)]
 
 
+def _batches(*tensors: _Optional) -> list[int | None]:
+    return [None if t is None else t.shape[0] for t in tensors]
+
+
+def _summed(gradients: Sequence[_Optional], batches: Sequence[int | None]) -> list[_Optional]:
+    """Gradients that have an entry for each image → those of tensors with these batches, which serve over and over."""
+    return [
+        g if g is None or b is None or g.shape[0] == b else g.unflatten(0, (-1, b)).sum(0)
+        for g, b in zip(gradients, batches, strict=True)
+    ]
+
+
 def _change(
     input: _Optional, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
     input_tangent: _Optional, parameters_tangent: _Optional,
@@ -490,7 +510,8 @@ def _change(
         return _apply(_Warp, input_tangent, parameters, auxiliary, None, size, project, options)
     assert input is not None
     size = size[1:] if project else size
-    return input.new_zeros((parameters.shape[0] * parameters.shape[1], input.shape[1], *size))
+    batch = max(input.shape[0], parameters.shape[0])
+    return input.new_zeros((batch * parameters.shape[1], input.shape[1], *size))
 
 
 def _backward_change(
