@@ -296,6 +296,19 @@ def test_every_call_over_vmap(backend, image_and_theta, name, in_dims):
         assert_equal_trees(*found)
 
 
+@pytest.mark.parametrize("in_dims", SHARED[:2])
+def test_vmap_over_nothing(backend, image_and_theta, in_dims):
+    """An empty batch of calls: an empty output, and of what is not mapped over a gradient of zeros."""
+    shared = [t[:0] if dim is not None else t[0] for t, dim in zip(image_and_theta, in_dims, strict=True)]
+    given = [t.to(backend).requires_grad_() for t in shared]
+    output = vmap(sampled, in_dims)(*given)
+    assert output.shape == (0, 2, 2, 3, 2)
+    for gradient, tensor in zip(torch.autograd.grad(output.sum(), given), given, strict=True):
+        assert gradient.shape == tensor.shape and (gradient == 0).all()
+    each = vmap(grad(loss(sampled), (0, 1)), in_dims)(*given)
+    assert [g.shape for g in each] == [(0, *t.shape[1:]) for t in image_and_theta]
+
+
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_vmap_does_not_expand_the_image(backend):
     """Eight maps of two shared images: nothing is allocated that has their size, forward or backward."""

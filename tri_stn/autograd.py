@@ -169,19 +169,26 @@ def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, p
     for i, dim in enumerate(in_dims[: len(per)]):
         if dim is not None:
             tensors[i] = tensors[i].movedim(dim, 0)
+            if not info.batch_size:  # none at all: one of zeros is done, of which none is given back
+                tensors[i] = tensors[i].sum(0, keepdim=True)
     batch = max(t.shape[m] // p for t, m, p in zip(tensors, mapped, per, strict=True) if t is not None and p)
     for i, p in enumerate(per):
         if mapped[i]:
-            again = batch // (tensors[i].shape[1] // p)  # more than 1 only in a vmap of a vmap
+            entries = tensors[i].shape[1]
+            again = batch * p // entries if entries else 1  # more than 1 only in a vmap of a vmap
             if again > 1:
                 tensors[i] = tensors[i].repeat(1, again, *[1] * (tensors[i].dim() - 2))
             tensors[i] = tensors[i].flatten(0, 1)
     results = _apply(function, *tensors, *args[len(per) :])
+
+    def unfold(result: Tensor) -> Tensor:
+        return result.unflatten(0, (info.batch_size, -1)) if info.batch_size else result[None][:0]
+
     if isinstance(results, Tensor):
-        return results.unflatten(0, (info.batch_size, -1)), 0
+        return unfold(results), 0
     asked = [r.dim() > 1 for r in results]  # a gradient that nobody asked for is empty
-    folded = (r.unflatten(0, (info.batch_size, -1)) if a else r for r, a in zip(results, asked, strict=True))
-    return tuple(folded), tuple(0 if a else None for a in asked)
+    folded = tuple(unfold(r) if a else r for r, a in zip(results, asked, strict=True))
+    return folded, tuple(0 if a else None for a in asked)
 
 
 class _Warp(torch.autograd.Function):
