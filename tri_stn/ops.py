@@ -106,7 +106,7 @@ def _projection(project: str, size: Sequence[int]) -> dict[str, Any]:
 
 
 def _allocate_indices(input: Tensor, parameters: Tensor, size: Sequence[int], *_: Any) -> Tensor:
-    shape = (input.shape[0] * parameters.shape[1], input.shape[1], *size[1:])
+    shape = (_batch(input, parameters) * parameters.shape[1], input.shape[1], *size[1:])
     return torch.empty(shape, dtype=torch.int32, device=input.device)
 
 
