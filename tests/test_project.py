@@ -181,6 +181,20 @@ def test_vmap_over_one_of_both(backend, in_dims, calls, project):
 
 
 @pytest.mark.parametrize("project", PROJECTIONS)
+@pytest.mark.parametrize(
+    "shape,maps,size",
+    [((0, 2), (0,), (2, 2, 2)), ((2, 0), (2,), (2, 2, 2)), ((2, 2), (2,), (2, 0, 2)), ((2, 2), (2, 0), (2, 2, 2))],
+)
+def test_empty(backend, shape, maps, size, project):
+    image = torch.rand(*shape, 3, 4, 5, device=backend, requires_grad=True)
+    theta = torch.rand(*maps, 3, 4, device=backend, requires_grad=True)
+    output = tri_stn.warp(image, tri_stn.Affine(theta), size, project=project)
+    assert output.shape == (shape[0], *maps[1:], shape[1], *size[1:])
+    for gradient in torch.autograd.grad(output.sum(), (image, theta)):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("project", PROJECTIONS)
 def test_the_sampled_volume_is_never_stored(project, monkeypatch):
     """Forward and backward, nothing has as many elements as a volume of the output's depth."""
     silence(monkeypatch)

@@ -96,17 +96,17 @@ def _warp_largest(input: Tensor, parameters: Tensor, size: Sequence[int], *optio
     """One pass finds where the largest samples are; a grid of these places reads them, with all derivatives."""
     kind, mode, padding_mode, align_corners, supersample = options
     indices = _apply(_Argmax, input.detach(), parameters.detach(), size, options)
-    channels, depth = input.shape[1], size[0]
+    (images, channels), maps, depth = input.shape[:2], parameters.shape[1], size[0]
     dtype = reference.compute_dtype(input.dtype)
     y, x = (torch.arange(n, device=input.device, dtype=dtype) - (n - 1) / 2 for n in size[1:])
-    z = indices.to(dtype).unflatten(0, (-1, parameters.shape[1])).flatten(3) - (depth - 1) / 2  # (M, K, C, P)
+    z = indices.to(dtype).unflatten(0, (images, maps)).flatten(3) - (depth - 1) / 2  # (M, K, C, P)
     u = [x.repeat(size[1]), y.repeat_interleave(size[2]), z]
     grid = reference.matrix_grid(kind, parameters.to(dtype), u, input.shape[2:], size, align_corners)
     grid = grid.transpose(1, 2).flatten(0, 1).unflatten(2, (1, *size[1:]))  # (M * C, K, 1, H, W, 3)
-    images = input.flatten(0, 1).unsqueeze(1)
+    planes = input.flatten(0, 1).unsqueeze(1)
     call = torch.ops.tri_stn.warp if torch.compiler.is_exporting() else _warp
-    output = call(images, grid, None, None, (1, *size[1:]), "", "grid", mode, padding_mode, align_corners, supersample)
-    output = output.view(input.shape[0], channels, -1, *size[1:])
+    output = call(planes, grid, None, None, (1, *size[1:]), "", "grid", mode, padding_mode, align_corners, supersample)
+    output = output.view(images, channels, maps, *size[1:])
     return output.transpose(1, 2).flatten(0, 1)
 
 
