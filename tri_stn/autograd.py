@@ -87,7 +87,9 @@ def _prepared(
     size: Sequence[int], project: str, options: tuple,
 ) -> tuple:  # fmt: skip
     """The same arguments; a chain as a grid where its own derivatives would not do."""
-    if _is_chain(options) and (ops.is_deterministic() or torch._C._are_functorch_transforms_active()):
+    # Only the sums of a chain's own gradient depend on their order.
+    deterministic = ops.is_deterministic() and torch.is_grad_enabled() and _differentiates(parameters, auxiliary)
+    if _is_chain(options) and (deterministic or torch._C._are_functorch_transforms_active()):
         parameters, auxiliary, options = _as_grid(parameters, auxiliary, size, input.shape[2:], input.dtype, options)
     return input, parameters, auxiliary, fill, size, project, options
 
@@ -112,11 +114,10 @@ def _warp_largest(input: Tensor, parameters: Tensor, size: Sequence[int], *optio
 
 def _splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
     layout = size, ops.is_channels_last(input)
-    differentiates = any(t is not None and t.requires_grad for t in (parameters, auxiliary))
     if _is_chain(options) and (
         ops.is_deterministic()
         or torch._C._are_functorch_transforms_active()
-        or (differentiates and not points.is_linear(options[0]))
+        or (_differentiates(parameters, auxiliary) and not points.is_linear(options[0]))
     ):
         parameters, auxiliary, options = _as_grid(parameters, auxiliary, input.shape[2:], size, input.dtype, options)
     return _apply(_Backward, input, None, parameters, auxiliary, None, layout, (True, False, False), options)[0]
@@ -131,6 +132,10 @@ def _is_chain(options: Sequence[Any]) -> bool:
     return options[0] not in reference.TRANSFORMS
 
 
+def _differentiates(parameters: Tensor, auxiliary: _Optional) -> bool:
+    return any(t is not None and t.requires_grad for t in (parameters, auxiliary))
+
+
 def _as_grid(
     parameters: Tensor, auxiliary: _Optional, size: Sequence[int], input_size: Sequence[int], dtype: torch.dtype,
     options: Sequence[Any],
@@ -141,8 +146,8 @@ def _as_grid(
     kind, *rest, align_corners, supersample = options
     if supersample != 1:
         raise NotImplementedError(
-            f"Several samples per pixel through {kind!r} have first derivatives in eager code only: not under "
-            "torch.func or deterministic algorithms, and no second ones. Leave antialias and supersample out there."
+            f"Several samples per pixel through {kind!r} take no torch.func, and have first derivatives only, none of "
+            "them by deterministic algorithms. Leave antialias and supersample out there."
         )
     grid = points.grid(kind, parameters, auxiliary, size, input_size, align_corners, reference.compute_dtype(dtype))
     return grid, None, ("grid", *rest, align_corners, supersample)
