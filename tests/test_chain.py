@@ -352,6 +352,44 @@ def test_batches(backend, images, maps):
         torch.testing.assert_close(output[index], expected[0])
 
 
+def affine_and_field(numbers, field):
+    return tri_stn.Compose(tri_stn.Affine(numbers), tri_stn.Displacement(field.movedim(0, -1)[None]))
+
+
+@pytest.mark.parametrize("build", [tri_stn.LinearBasis, affine_and_field])
+@pytest.mark.parametrize("maps", [0, 1])
+def test_no_images(backend, maps, build):
+    """One field that serves them all makes no image of them."""
+    given = (
+        torch.rand(0, 3, 5, 4),
+        torch.rand(maps, 2, 3),
+        torch.rand(*(3, 4, 3) if build is tri_stn.LinearBasis else (2, 4, 3)),
+    )
+    given = [t.to(backend).requires_grad_() for t in given]
+    output, mask = tri_stn.warp(given[0], build(*given[1:]), (4, 3), return_mask=True)
+    assert output.shape == (0, 3, 4, 3) and mask.shape == (0, 1, 4, 3)
+    for gradient in torch.autograd.grad(output.sum(), given):
+        assert (gradient == 0).all()
+    assert tri_stn.splat(output.detach(), build(*given[1:]), (5, 4)).shape == (0, 3, 5, 4)
+
+
+@pytest.mark.parametrize("fields", [1, 2])
+def test_many_gradients_of_a_field(backend, fields):
+    """Of the output, by torch.func.vmap, and each with a field's gradient of its own."""
+    image, theta, field = (
+        t.double().to(backend) for t in (randn(2, 3, 5, 4), randn(2, 2, 3, seed=1), randn(fields, 4, 3, 2))
+    )
+    given = [t.requires_grad_() for t in (image, theta, field)]
+    output = tri_stn.warp(given[0], tri_stn.Compose(tri_stn.Affine(given[1]), tri_stn.Displacement(given[2])))
+    along = randn(2, *output.shape).to(output)
+
+    def gradients(g):
+        return torch.autograd.grad(output, given, g, retain_graph=True)
+
+    for found, *expected in zip(torch.vmap(gradients)(along), *map(gradients, along), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
 @pytest.mark.parametrize("name", ["thin_plate", "chain"])
 def test_func_transforms_and_compile(backend, name):
     make, transform, _ = MAPS[name]

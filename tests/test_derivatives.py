@@ -202,6 +202,113 @@ def test_vmap_of_vmap(backend, image_and_theta):
     assert_equal_trees(vmap(vmap(sampled, (0, None)), (None, 0))(image, theta), expected.transpose(0, 1))
 
 
+SHARED = [(0, None), (None, 0), (1, None)]
+
+
+def looped(function, in_dims, calls):
+    """`vmap`, one call after the other."""
+
+    def run(*tensors):
+        each = [
+            [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims, strict=True)]
+            for i in range(calls)
+        ]
+        return torch.stack([function(*given) for given in each])
+
+    return run
+
+
+@pytest.mark.parametrize("in_dims", SHARED)
+def test_a_gradient_over_vmap_is_the_sum_of_all_turns(backend, image_and_theta, in_dims):
+    """Of what is not mapped over: first and second order, and of the first gradient's own."""
+    image_and_theta = [t.to(backend) for t in image_and_theta]
+    shared = [t[0] if dim is None else t.movedim(0, dim) for t, dim in zip(image_and_theta, in_dims, strict=True)]
+
+    def gradients(sample):
+        given = [t.clone().requires_grad_() for t in shared]
+        output = vmap(sample, in_dims)(*given)
+        along = torch.ones_like(output).requires_grad_()
+        first = torch.autograd.grad(output, given, along, create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (along, *given))
+
+    assert_equal_trees(gradients(sampled), gradients(composed))
+
+
+@pytest.mark.parametrize("in_dims", SHARED[:2])
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+def test_func_transforms_over_vmap(backend, image_and_theta, in_dims):
+    """Against torch's, whose sampler has no forward mode: second derivatives are symmetric."""
+    shared = [t[:2] if dim is not None else t[0] for t, dim in zip(image_and_theta, in_dims, strict=True)]
+    directions = tuple(torch.rand_like(t) for t in shared)
+    both = (0, 1)
+
+    def along(gradients):
+        return sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+
+    ours, theirs = vmap(sampled, in_dims), vmap(composed, in_dims)
+    first = jacrev(theirs, both)(*shared)
+    assert_equal_trees(jacrev(ours, both)(*shared), first)
+    assert_equal_trees(jacfwd(ours, both)(*shared), first)
+    second = grad(lambda *given: along(grad(loss(theirs), both)(*given)), both)(*shared)
+    assert_equal_trees(grad(lambda *given: along(grad(loss(ours), both)(*given)), both)(*shared), second)
+    assert_equal_trees(jvp(grad(loss(ours), both), tuple(shared), directions)[1], second)
+    assert_equal_trees(grad(lambda *given: jvp(loss(ours), given, directions)[1], both)(*shared), second)
+
+
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+def test_gradients_over_and_between_vmaps(backend, image_and_theta):
+    inner, outer = (0, None), (None, 0)
+    for function in (
+        lambda sample: grad(loss(vmap(vmap(sample, inner), outer)), (0, 1)),
+        lambda sample: vmap(grad(loss(vmap(sample, inner)), (0, 1)), outer),
+    ):
+        assert_equal_trees(function(sampled)(*image_and_theta), function(composed)(*image_and_theta))
+
+
+CALLS = {
+    "maps": lambda x, t: tri_stn.warp(x, tri_stn.Affine(torch.stack([t, t.sin()], 1)), (3, 2)),
+    "grid": lambda x, t: tri_stn.warp(x, tri_stn.Grid(t[..., :2].unsqueeze(1))),
+    "chain": lambda x, t: tri_stn.warp(
+        x, tri_stn.Compose(tri_stn.Affine(t), tri_stn.Displacement(x.new_ones(1, 3, 2, 2) / 9))
+    ),
+    "mask": lambda x, t: tri_stn.warp(x, tri_stn.Affine(t), (3, 2), return_mask=True)[0],
+    "antialias": lambda x, t: tri_stn.warp(x, tri_stn.Affine(t), (3, 2), antialias=True),
+    "nearest": lambda x, t: tri_stn.warp(x, tri_stn.Affine(t), (3, 2), mode="nearest"),
+    "splat": lambda x, t: tri_stn.splat(x, tri_stn.Affine(t), (3, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("in_dims", SHARED[:2])
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+def test_every_call_over_vmap(backend, image_and_theta, name, in_dims):
+    """Reverse and forward mode are those of a loop; of nearest's map, of which nothing depends, too."""
+    shared = [t if dim is not None else t[0] for t, dim in zip(image_and_theta, in_dims, strict=True)]
+    for index in (0, 1):
+        found = []
+        for function in (vmap(CALLS[name], in_dims), looped(CALLS[name], in_dims, 3)):
+
+            def of_one(given, function=function, index=index):
+                return function(*shared[:index], given, *shared[index + 1 :])
+
+            change = jvp(of_one, (shared[index],), (shared[index].cos(),))[1]
+            found.append([change, grad(lambda given: of_one(given).square().sum())(shared[index])])
+        assert_equal_trees(*found)
+
+
+@pytest.mark.parametrize("in_dims", SHARED[:2])
+def test_vmap_over_nothing(backend, image_and_theta, in_dims):
+    """An empty batch of calls: an empty output, and of what is not mapped over a gradient of zeros."""
+    shared = [t[:0] if dim is not None else t[0] for t, dim in zip(image_and_theta, in_dims, strict=True)]
+    given = [t.to(backend).requires_grad_() for t in shared]
+    output = vmap(sampled, in_dims)(*given)
+    assert output.shape == (0, 2, 2, 3, 2)
+    for gradient, tensor in zip(torch.autograd.grad(output.sum(), given), given, strict=True):
+        assert gradient.shape == tensor.shape and (gradient == 0).all()
+    each = vmap(grad(loss(sampled), (0, 1)), in_dims)(*given)
+    assert [g.shape for g in each] == [(0, *t.shape[1:]) for t in image_and_theta]
+
+
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_vmap_does_not_expand_the_image(backend):
     """Eight maps of two shared images: nothing is allocated that has their size, forward or backward."""
@@ -255,10 +362,11 @@ def test_an_image_without_use_for_backward_is_freed(backend):
     lambda x, t: vmap(sampled)(x[:, None], t[:, None]),
     lambda x, t: grad(loss(sampled), (0, 1))(x, t),
     lambda x, t: vmap(grad(lambda x, t: loss(sampled)(x[None], t[None]), (0, 1)))(x, t),
+    lambda x, t: grad(loss(vmap(sampled, (None, 0))), (0, 1))(x, torch.stack([t, t.sin()])),
     lambda x, t: jvp(sampled, (x, t), (2 * x, t.sin())),
     lambda x, t: tri_stn.splat(x, tri_stn.Affine(t), (3, 2), normalize=True),
     lambda x, t: tri_stn.grid_sample(x, t[:, None, :, :2], "bicubic", align_corners=False),
-], ids=["vmap", "grad", "vmap_grad", "jvp", "splat", "grid_sample"])  # fmt: skip
+], ids=["vmap", "grad", "vmap_grad", "grad_vmap", "jvp", "splat", "grid_sample"])  # fmt: skip
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_compile(backend, image_and_theta, function):
     """In one graph, with the same results."""

@@ -143,6 +143,23 @@ def test_never_raises():
         grad_input(case, DEVICE)
 
 
+def test_several_samples_through_a_lattice(deterministic):
+    """Only the lattice's own gradient is a sum whose order would matter."""
+    image = torch.rand(2, 3, 5, 6, device=DEVICE, requires_grad=True)
+    lattice = torch.rand(2, 4, 4, 2, device=DEVICE) / 9
+
+    def call(lattice):
+        return tri_stn.warp(image, tri_stn.FreeForm(lattice), antialias=True)
+
+    (gradient,) = torch.autograd.grad(call(lattice).square().sum(), image)
+    assert gradient.isfinite().all()
+    lattice.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(call(lattice), call(lattice.detach()))
+    with pytest.raises(NotImplementedError, match="none of them by deterministic algorithms"):
+        call(lattice)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SCATTERED, ids=str)
 def test_the_same_bits_run_after_run(deterministic, case):

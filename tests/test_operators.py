@@ -138,6 +138,16 @@ def test_the_default_device_decides_nothing(options, monkeypatch):
         torch.testing.assert_close(tri_stn.warp(image, tri_stn.Affine(theta), **options), expected)
 
 
+def test_an_empty_batch_serves_no_other(backend):
+    """A launch would read an image where there is no memory."""
+    operators, (image, theta, grad) = torch.ops.tri_stn, arguments(backend)
+    none = [None] * 4
+    assert operators.warp_forward(image[:0], theta, *none, [4, 5], "", False, *OPTIONS)[0].numel() == 0
+    flags = False, True, True, False
+    gradients = operators.warp_backward(grad.flatten(0, 1), image[:0], theta, *none, [5, 4], *flags, *OPTIONS)
+    assert all(g.numel() == 0 for g in gradients)
+
+
 def test_a_negated_view_is_read_negated(backend):
     """The imaginary part of a conjugate is a view that torch negates only when it is read."""
     image = torch.rand(1, 1, 4, 4, dtype=torch.complex64, device=backend)

@@ -1,9 +1,12 @@
 """Volumes reduced along their depth as they are sampled: warp(…, project=…), against the same in two steps."""
 
+import os
+
 import pytest
 import torch
 from conftest import DEVICE
 from test_antialias import truth
+from test_derivatives import looped
 from test_operators import Allocations, silence
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
@@ -154,6 +157,41 @@ def test_function_transforms_and_compile(backend, project):
     torch._dynamo.reset()
     compiled = torch.compile(sampled, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(image[0].clone(), theta[0].clone()), expected[0])
+
+
+@pytest.mark.parametrize("project,calls", [("mean", 2), ("max", 2), ("max", 3)])
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0)])
+def test_vmap_over_one_of_both(backend, in_dims, calls, project):
+    """Two images at a time; values and gradients are those of a loop."""
+    image, theta, _ = Case(input_size=(3, 2, 3), size=(2, 1, 2), images=2 * calls, channels=1, **DOUBLE).tensors(
+        backend
+    )
+    mapped = [
+        t.unflatten(0, (calls, 2)) if d is not None else t[:2] for t, d in zip((image, theta), in_dims, strict=True)
+    ]
+
+    def call(x, t):
+        return tri_stn.warp(x, tri_stn.Affine(t), (2, 1, 2), project=project)
+
+    expected = looped(call, in_dims, calls)
+    torch.testing.assert_close(vmap(call, in_dims)(*mapped), expected(*mapped))
+    if "TRITON_INTERPRET" not in os.environ:  # slow, and the kernels' own no otherwise
+        gradients = [grad(lambda x, t, f=f: f(x, t).square().sum(), (0, 1)) for f in (vmap(call, in_dims), expected)]
+        torch.testing.assert_close(*(of(*mapped) for of in gradients))
+
+
+@pytest.mark.parametrize("project", PROJECTIONS)
+@pytest.mark.parametrize(
+    "shape,maps,size",
+    [((0, 2), (0,), (2, 2, 2)), ((2, 0), (2,), (2, 2, 2)), ((2, 2), (2,), (2, 0, 2)), ((2, 2), (2, 0), (2, 2, 2))],
+)
+def test_empty(backend, shape, maps, size, project):
+    image = torch.rand(*shape, 3, 4, 5, device=backend, requires_grad=True)
+    theta = torch.rand(*maps, 3, 4, device=backend, requires_grad=True)
+    output = tri_stn.warp(image, tri_stn.Affine(theta), size, project=project)
+    assert output.shape == (shape[0], *maps[1:], shape[1], *size[1:])
+    for gradient in torch.autograd.grad(output.sum(), (image, theta)):
+        assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("project", PROJECTIONS)

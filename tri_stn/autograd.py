@@ -87,7 +87,9 @@ def _prepared(
     size: Sequence[int], project: str, options: tuple,
 ) -> tuple:  # fmt: skip
     """The same arguments; a chain as a grid where its own derivatives would not do."""
-    if _is_chain(options) and (ops.is_deterministic() or torch._C._are_functorch_transforms_active()):
+    # Only the sums of a chain's own gradient depend on their order.
+    deterministic = ops.is_deterministic() and torch.is_grad_enabled() and _differentiates(parameters, auxiliary)
+    if _is_chain(options) and (deterministic or torch._C._are_functorch_transforms_active()):
         parameters, auxiliary, options = _as_grid(parameters, auxiliary, size, input.shape[2:], input.dtype, options)
     return input, parameters, auxiliary, fill, size, project, options
 
@@ -96,27 +98,26 @@ def _warp_largest(input: Tensor, parameters: Tensor, size: Sequence[int], *optio
     """One pass finds where the largest samples are; a grid of these places reads them, with all derivatives."""
     kind, mode, padding_mode, align_corners, supersample = options
     indices = _apply(_Argmax, input.detach(), parameters.detach(), size, options)
-    channels, depth = input.shape[1], size[0]
+    (images, channels), maps, depth = input.shape[:2], parameters.shape[1], size[0]
     dtype = reference.compute_dtype(input.dtype)
     y, x = (torch.arange(n, device=input.device, dtype=dtype) - (n - 1) / 2 for n in size[1:])
-    z = indices.to(dtype).unflatten(0, (-1, parameters.shape[1])).flatten(3) - (depth - 1) / 2  # (M, K, C, P)
+    z = indices.to(dtype).unflatten(0, (images, maps)).flatten(3) - (depth - 1) / 2  # (M, K, C, P)
     u = [x.repeat(size[1]), y.repeat_interleave(size[2]), z]
     grid = reference.matrix_grid(kind, parameters.to(dtype), u, input.shape[2:], size, align_corners)
     grid = grid.transpose(1, 2).flatten(0, 1).unflatten(2, (1, *size[1:]))  # (M * C, K, 1, H, W, 3)
-    images = input.flatten(0, 1).unsqueeze(1)
+    planes = input.flatten(0, 1).unsqueeze(1)
     call = torch.ops.tri_stn.warp if torch.compiler.is_exporting() else _warp
-    output = call(images, grid, None, None, (1, *size[1:]), "", "grid", mode, padding_mode, align_corners, supersample)
-    output = output.view(input.shape[0], channels, -1, *size[1:])
+    output = call(planes, grid, None, None, (1, *size[1:]), "", "grid", mode, padding_mode, align_corners, supersample)
+    output = output.view(images, channels, maps, *size[1:])
     return output.transpose(1, 2).flatten(0, 1)
 
 
 def _splat(input: Tensor, parameters: Tensor, auxiliary: _Optional, size: Sequence[int], *options: Any) -> Tensor:
     layout = size, ops.is_channels_last(input)
-    differentiates = any(t is not None and t.requires_grad for t in (parameters, auxiliary))
     if _is_chain(options) and (
         ops.is_deterministic()
         or torch._C._are_functorch_transforms_active()
-        or (differentiates and not points.is_linear(options[0]))
+        or (_differentiates(parameters, auxiliary) and not points.is_linear(options[0]))
     ):
         parameters, auxiliary, options = _as_grid(parameters, auxiliary, input.shape[2:], size, input.dtype, options)
     return _apply(_Backward, input, None, parameters, auxiliary, None, layout, (True, False, False), options)[0]
@@ -131,6 +132,10 @@ def _is_chain(options: Sequence[Any]) -> bool:
     return options[0] not in reference.TRANSFORMS
 
 
+def _differentiates(parameters: Tensor, auxiliary: _Optional) -> bool:
+    return any(t is not None and t.requires_grad for t in (parameters, auxiliary))
+
+
 def _as_grid(
     parameters: Tensor, auxiliary: _Optional, size: Sequence[int], input_size: Sequence[int], dtype: torch.dtype,
     options: Sequence[Any],
@@ -141,8 +146,8 @@ def _as_grid(
     kind, *rest, align_corners, supersample = options
     if supersample != 1:
         raise NotImplementedError(
-            f"Several samples per pixel through {kind!r} have first derivatives in eager code only: not under "
-            "torch.func or deterministic algorithms, and no second ones. Leave antialias and supersample out there."
+            f"Several samples per pixel through {kind!r} take no torch.func, and have first derivatives only, none of "
+            "them by deterministic algorithms. Leave antialias and supersample out there."
         )
     grid = points.grid(kind, parameters, auxiliary, size, input_size, align_corners, reference.compute_dtype(dtype))
     return grid, None, ("grid", *rest, align_corners, supersample)
@@ -169,19 +174,26 @@ def _vmap(function: Any, info: Any, in_dims: Sequence[int | None], *args: Any, p
     for i, dim in enumerate(in_dims[: len(per)]):
         if dim is not None:
             tensors[i] = tensors[i].movedim(dim, 0)
+            if not info.batch_size:  # none at all: one of zeros is done, of which none is given back
+                tensors[i] = tensors[i].sum(0, keepdim=True)
     batch = max(t.shape[m] // p for t, m, p in zip(tensors, mapped, per, strict=True) if t is not None and p)
     for i, p in enumerate(per):
         if mapped[i]:
-            again = batch // (tensors[i].shape[1] // p)  # more than 1 only in a vmap of a vmap
+            entries = tensors[i].shape[1]
+            again = batch * p // entries if entries else 1  # more than 1 only in a vmap of a vmap
             if again > 1:
                 tensors[i] = tensors[i].repeat(1, again, *[1] * (tensors[i].dim() - 2))
             tensors[i] = tensors[i].flatten(0, 1)
     results = _apply(function, *tensors, *args[len(per) :])
+
+    def unfold(result: Tensor) -> Tensor:
+        return result.unflatten(0, (info.batch_size, -1)) if info.batch_size else result[None][:0]
+
     if isinstance(results, Tensor):
-        return results.unflatten(0, (info.batch_size, -1)), 0
+        return unfold(results), 0
     asked = [r.dim() > 1 for r in results]  # a gradient that nobody asked for is empty
-    folded = (r.unflatten(0, (info.batch_size, -1)) if a else r for r, a in zip(results, asked, strict=True))
-    return tuple(folded), tuple(0 if a else None for a in asked)
+    folded = tuple(unfold(r) if a else r for r, a in zip(results, asked, strict=True))
+    return folded, tuple(0 if a else None for a in asked)
 
 
 class _Warp(torch.autograd.Function):
@@ -202,6 +214,7 @@ class _Warp(torch.autograd.Function):
         kept = input if any(ctx.needs_input_grad[1:3]) else None
         ctx.save_for_backward(kept, parameters, auxiliary, fill)
         ctx.save_for_forward(input, parameters, auxiliary, fill)
+        ctx.batches = _batches(input, parameters, auxiliary)
         ctx.layout = input.shape[2:], ops.is_channels_last(input)
         ctx.set_materialize_grads(False)  # a tangent that is there but zero would cost a pass
 
@@ -214,7 +227,7 @@ class _Warp(torch.autograd.Function):
         backward: Callable[..., Any] = _backward_through_grid if again else functools.partial(_apply, _Backward)
         grad_output = _spread(grad_output, ctx.size, ctx.project)
         gradients = backward(grad_output, *ctx.saved_tensors, ctx.layout, needs, ctx.options)
-        return *_wanted(gradients, needs), None, None, None, None
+        return *_summed(_wanted(gradients, needs), ctx.batches), None, None, None, None
 
     @staticmethod
     def jvp(
@@ -351,6 +364,8 @@ class _Backward(torch.autograd.Function):
         *tensors, ctx.layout, ctx.needs, ctx.options = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
+        ctx.batches = _batches(*tensors[:3])
+        ctx.shapes = [gradient.shape for gradient in output[:2]]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -368,7 +383,7 @@ class _Backward(torch.autograd.Function):
             grad_grad = _change(*tensors, size, "", ctx.options)
         tensors = grad_output, input, parameters, fill, input_tangent, parameters_tangent
         gradients = _backward_change(*tensors, ctx.layout, wants[1:], ctx.options)
-        return grad_grad, *gradients, None, None, None, None, None
+        return *_summed([grad_grad, *gradients], ctx.batches), None, None, None, None, None
 
     @staticmethod
     def jvp(
@@ -386,15 +401,19 @@ class _Backward(torch.autograd.Function):
             change if s is None else s if change is None else s + change
             for s, change in zip(sums, changes, strict=True)
         ]
-        shapes = (parameters.shape[0], grad_output.shape[1], *ctx.layout[0]), parameters.shape
-        for i, (like, shape) in enumerate(zip((grad_output, parameters), shapes, strict=True)):
+        for i, like in enumerate((grad_output, parameters)):
             if sums[i] is None:
-                sums[i] = like.new_zeros(shape if ctx.needs[i] else (0,))
+                sums[i] = like.new_zeros(ctx.shapes[i])
         return sums[0], sums[1], parameters.new_zeros(0)  # type: ignore[return-value]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
-        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, 0, 0))
+        asked = args[6][2]
+        if asked:  # one gradient of the field for each entry
+            grad_output, input, parameters, field, *rest = args
+            args = grad_output, input, parameters, field.expand(info.batch_size, *field.shape), *rest
+            in_dims = *in_dims[:3], 0, *in_dims[4:]
+        return _vmap(_Backward, info, in_dims, *args, per=(_maps(args[2], in_dims[2]), 1, 1, int(asked), 0))
 
 
 class _Change(torch.autograd.Function):
@@ -412,6 +431,7 @@ class _Change(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         *tensors, ctx.size, ctx.project, ctx.options = inputs
         ctx.save_for_backward(*tensors)
+        ctx.batches = _batches(*tensors)
         ctx.layout = tensors[0].shape[2:], ops.is_channels_last(tensors[0])
 
     @staticmethod
@@ -429,7 +449,7 @@ class _Change(torch.autograd.Function):
             tensors = grad_output, input, parameters, None, fill
             gradients = _apply(_Backward, *tensors, ctx.layout, (*needs, False), ctx.options)
             results[3:] = _wanted(gradients[:2], needs)
-        return *results, None, None, None
+        return *_summed(results, ctx.batches), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Tensor:
@@ -477,6 +497,18 @@ def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[_Option
     return [g if need else None for g, need in zip(gradients, needed, strict=True)]
 
 
+def _batches(*tensors: _Optional) -> list[int | None]:
+    return [None if t is None else t.shape[0] for t in tensors]
+
+
+def _summed(gradients: Sequence[_Optional], batches: Sequence[int | None]) -> list[_Optional]:
+    """Gradients that have an entry for each image → those of tensors with these batches, which serve over and over."""
+    return [
+        g if g is None or b is None or g.shape[0] == b else g.unflatten(0, (-1, b)).sum(0)
+        for g, b in zip(gradients, batches, strict=True)
+    ]
+
+
 def _change(
     input: _Optional, parameters: Tensor, auxiliary: _Optional, fill: _Optional,
     input_tangent: _Optional, parameters_tangent: _Optional,
@@ -490,7 +522,8 @@ def _change(
         return _apply(_Warp, input_tangent, parameters, auxiliary, None, size, project, options)
     assert input is not None
     size = size[1:] if project else size
-    return input.new_zeros((parameters.shape[0] * parameters.shape[1], input.shape[1], *size))
+    batch = max(input.shape[0], parameters.shape[0])
+    return input.new_zeros((batch * parameters.shape[1], input.shape[1], *size))
 
 
 def _backward_change(

@@ -54,14 +54,19 @@ library.define(f"splat(Tensor input, Tensor parameters, Tensor? auxiliary, SymIn
 # --- raw operators ---------------------------------------------------------------------------------
 
 
+def _batch(*tensors: Tensor | None) -> int:
+    """That of the largest, but 0 where one is empty, which cannot serve the others."""
+    batches = [t.shape[0] for t in tensors if t is not None]
+    return max(batches) if min(batches) else 0
+
+
 def _allocate_output(
     input: Tensor, parameters: Tensor, auxiliary: Tensor | None, fill: Tensor | None,
     input_tangent: Tensor | None, parameters_tangent: Tensor | None,
     size: Sequence[int], project: str, return_mask: bool, *_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, and a mask of one channel; an empty tensor stands for a mask that nobody asked for."""
-    tensors = (input, parameters, auxiliary, input_tangent, parameters_tangent)
-    batch = max(t.shape[0] for t in tensors if t is not None)
+    batch = _batch(input, parameters, auxiliary, input_tangent, parameters_tangent)
     size = size[1:] if project else size
     shape = (batch * parameters.shape[1], input.shape[1], *size)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input, len(shape)))
@@ -101,7 +106,7 @@ def _projection(project: str, size: Sequence[int]) -> dict[str, Any]:
 
 
 def _allocate_indices(input: Tensor, parameters: Tensor, size: Sequence[int], *_: Any) -> Tensor:
-    shape = (input.shape[0] * parameters.shape[1], input.shape[1], *size[1:])
+    shape = (_batch(input, parameters) * parameters.shape[1], input.shape[1], *size[1:])
     return torch.empty(shape, dtype=torch.int32, device=input.device)
 
 
@@ -120,10 +125,10 @@ def _allocate_gradients(
     channels_last: bool, need_input: bool, need_parameters: bool, need_auxiliary: bool, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What the backward fills; an empty tensor stands for a gradient that nobody asked for."""
-    tensors = (input, parameters, auxiliary, input_tangent, parameters_tangent)
-    batch = max(t.shape[0] for t in tensors if t is not None)
-    if parameters.shape[1]:
-        batch = max(batch, grad_output.shape[0] // parameters.shape[1])
+    batch = _batch(input, parameters, auxiliary, input_tangent, parameters_tangent)
+    if parameters.shape[1] and batch:
+        outputs = grad_output.shape[0] // parameters.shape[1]
+        batch = max(batch, outputs) if outputs else 0
     layout = _CHANNELS_LAST[grad_output.dim()] if need_input and channels_last else torch.contiguous_format
     shape = (batch, grad_output.shape[1], *input_size) if need_input else (0,)
     grad_input = torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
@@ -158,7 +163,7 @@ def _warp_backward(
                 parameters.new_empty(0),
             )
     gradients = _allocate_gradients(*tensors, input_size, channels_last, *needs)
-    if not grad_output.numel():
+    if not (grad_output.numel() and _batch(*tensors[1:4])):
         for gradient in gradients:
             gradient.zero_()
         return gradients
