@@ -204,15 +204,24 @@ def test_autograd_keeps_one_field_per_step(backend, dims, layout):
     assert theirs >= 2 * ours
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda flow: tri_stn.warp(torch.rand(1, 1, 4, 4), flow),
+        lambda flow: tri_stn.warp(torch.rand(1, 1, 4, 4, dtype=torch.complex64), flow, return_mask=True),
+        lambda flow: tri_stn.splat(torch.rand(1, 1, 4, 4, dtype=torch.complex64), flow, (5, 5), normalize=True),
+        lambda flow: tri_stn.warp(torch.rand(1, 1, 4, 4), tri_stn.Compose(tri_stn.Affine(torch.eye(2, 3)[None]), flow)),
+    ],
+    ids=["plain", "complex", "splat", "chain"],
+)
 @REFERENCE
-def test_integrates_once_and_when_asked(backend, monkeypatch):
+def test_integrates_once_a_call_and_when_asked(backend, use, monkeypatch):
     calls = []
     monkeypatch.setattr(tri_stn.diffeomorphic, "warp", lambda *a, **k: calls.append(1) or tri_stn.warp(*a, **k))
-    transform = tri_stn.Velocity(random_field((5, 4)), 3)
-    assert (transform.batch, transform.size, transform.dims, transform.inverse().steps) == ((1,), (5, 4), 2, 3)
+    flow = tri_stn.Velocity(torch.zeros(1, 4, 4, 2), 3)
+    assert (flow.batch, flow.size, flow.dims, flow.inverse().steps) == ((1,), (4, 4), 2, 3)
     assert not calls
-    for _ in range(2):
-        tri_stn.warp(torch.rand(1, 1, 5, 4), transform)
+    use(flow)
     assert len(calls) == 3
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .functional import warp
-from .transforms import Displacement, _check_unit, _Dense, _displacement_kind, _wide, once
+from .transforms import Displacement, _check_unit, _Dense, _displacement_kind, _wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,8 @@ class Velocity(_Dense):
 
     By scaling and squaring: the field over 2 ** steps is a first displacement u, and u(p) + u(p + u(p)) the one of
     twice the time, ``steps`` times over. Between pixels, fields are read bilinearly; beyond the outermost, as they
-    are. Forward and backward pass make no grid, and autograd keeps ``steps`` fields.
+    are. Forward and backward pass make no grid, and autograd keeps ``steps`` fields. All this at each use: for
+    several images, make a displacement of it once, ``Displacement(flow.parameters, flow.unit)``.
 
     Args:
         field: (N, *size, d) for d-dimensional images, d = 1, 2 or 3, or (N, K, *size, d) for K maps
@@ -53,8 +54,8 @@ class Velocity(_Dense):
     def kind(self) -> str:
         return _displacement_kind(self.unit)
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         """The displacement that the flow amounts to, in the field's unit; fp32 for a 16-bit field."""
         moved = _wide(self.field) / 2**self.steps
         for _ in range(self.steps):

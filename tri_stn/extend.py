@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops, points
 from .checks import check_floating
-from .transforms import Transform, once
+from .transforms import Transform
 
 _LANES = 16
 _BUILT_IN = frozenset(points.LINKS)
@@ -102,8 +102,8 @@ class _Registered(Transform):
 
     batch = torch.Size()
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         values = [getattr(self, n) if length else getattr(self, n).unsqueeze(-1) for n, length in self._lengths.items()]
         wide = functools.reduce(torch.promote_types, (v.dtype for v in values))
         return torch.cat([v.to(wide) for v in values], -1)

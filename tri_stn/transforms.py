@@ -9,9 +9,8 @@ point of the output to the point of the input that is read there. Coordinates ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 import torch.utils.weak
@@ -19,20 +18,6 @@ from torch import Tensor
 
 from . import matrices
 from .checks import check_floating
-
-
-def once(compute: Callable[[Any], Tensor]) -> Any:
-    """A property that is computed at its first use; functools' own takes a lock, which torch.compile refuses."""
-    name = f"_{compute.__name__}"
-
-    def get(self: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return compute(self)
-        if name not in self.__dict__:
-            self.__dict__[name] = compute(self)
-        return self.__dict__[name]
-
-    return property(get, doc=compute.__doc__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +31,11 @@ class Transform:
 
     @property
     def parameters(self) -> Tensor:
-        """All parameters in one tensor, (N, …) or (N, K, …)."""
+        """All parameters in one tensor, (N, …) or (N, K, …).
+
+        Made anew at each use, of the numbers as they are then and with a graph of its own: kept, it would be stale
+        after an optimiser's step, or without a gradient where it was first asked for under `torch.no_grad`.
+        """
         raise NotImplementedError
 
     @property
@@ -198,8 +187,8 @@ class Attention(_AffineFamily):
                 f"translation; got {tuple(scale.shape)}."
             )
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         linear = self._per_axis(self.scale).expand(self.translation.shape).diag_embed()
         return torch.cat([linear, self.translation.unsqueeze(-1).to(linear.dtype)], -1)
 
@@ -244,7 +233,7 @@ class Similarity(_AffineFamily):
                     f"{tuple(self.translation.shape)} and {tuple(value.shape)}."
                 )
 
-    @once
+    @property
     def parameters(self) -> Tensor:
         cos, sin = self.scale * self.angle.cos(), self.scale * self.angle.sin()
         x, y = self.translation.to(cos.dtype).unbind(-1)
@@ -482,8 +471,8 @@ class ThinPlateSpline(_PointPairs):
     def kind(self) -> str:
         return f"thin_plate[{self.target_points.shape[0]}]"
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         # fp64 also keeps autocast and TF32 out of the product.
         solved = _thin_plate_solution(self.target_points, self.regularization)
         bent = solved @ self.source_points.double()
@@ -599,8 +588,8 @@ class PiecewiseAffine(_PointPairs):
     def kind(self) -> str:
         return f"piecewise_affine[{self.triangles.shape[0]}]"
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         corners = self.target_points.detach().double()[self.triangles]  # (T, 3, 2)
         columns = torch.cat([corners, torch.ones_like(corners[..., :1])], -1).mT
         shares = torch.linalg.inv_ex(columns)[0].flatten(-2)  # (T, 9); a flat triangle holds no point
@@ -686,15 +675,8 @@ class Compose(Transform):
                 raise TypeError(f"Compose takes transforms such as tri_stn.Affine(theta); got {type(t).__name__}.")
         if len({t.dims for t in transforms}) > 1:
             raise ValueError(f"Compose takes maps of the same dimensions; got {[t.dims for t in transforms]}.")
-        parts: list[Transform] = []
-        for t in transforms:
-            for part in t.transforms if isinstance(t, Compose) else (t,):
-                before = parts[-1] if parts else None
-                if part.kind in _MATRICES and before is not None and before.kind in _MATRICES:
-                    parts[-1] = _one_matrix(before, part)
-                else:
-                    parts.append(part)
-        fields = [t for t in parts if t._field is not None]
+        parts = _parts(transforms)
+        fields = [t for t in parts if _has_field(t)]
         if len(fields) > 1:
             raise ValueError(
                 f"Compose takes one field; got {' and '.join(type(t).__name__ for t in fields)}. Join them first: the "
@@ -702,7 +684,6 @@ class Compose(Transform):
             )
         if any(isinstance(t, LinearBasis) for t in parts[1:]):
             raise ValueError("A LinearBasis has its numbers at output pixels: it has to be the first of a Compose.")
-        object.__setattr__(self, "transforms", tuple(parts))
         ranks = max(len(t.batch) for t in parts)
         shapes = [(*t.batch, *(1,) * (ranks - len(t.batch))) for t in parts]
         try:
@@ -712,9 +693,10 @@ class Compose(Transform):
                 f"Compose takes maps with the same batch (N,) or (N, K), or 1; got {[tuple(t.batch) for t in parts]}."
             ) from None
         object.__setattr__(self, "_batch", torch.Size(batch))
+        object.__setattr__(self, "transforms", tuple(parts if _are_matrices(parts) else _joined(parts)))
 
     transforms: tuple[Transform, ...]
-    """The maps, neighbouring matrices joined."""
+    """The maps; among others, neighbouring matrices are a `Compose` of their own, which is one matrix."""
     _batch: torch.Size
 
     def __repr__(self) -> str:
@@ -722,12 +704,17 @@ class Compose(Transform):
 
     @property
     def kind(self) -> str:
-        return "+".join(t.kind for t in self.transforms)
+        kinds = [t.kind for t in self.transforms]
+        if _are_matrices(self.transforms):
+            return "projective" if "projective" in kinds else "affine"
+        return "+".join(kinds)
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         if len(self.transforms) == 1:
             return self.transforms[0].parameters
+        if _are_matrices(self.transforms):
+            return matrices.compose(*(t.parameters for t in self.transforms))
         numbers = [self._spread(t, t._numbers) for t in self.transforms]
         wide = functools.reduce(torch.promote_types, (n.dtype for n in numbers))
         return torch.cat([n.expand(*self.batch, -1).to(wide) for n in numbers], -1)
@@ -736,8 +723,10 @@ class Compose(Transform):
     def auxiliary(self) -> Tensor | None:
         if len(self.transforms) == 1:
             return self.transforms[0].auxiliary
-        found = [self._spread(t, t._field) for t in self.transforms if t._field is not None]
-        return found[0] if found else None
+        for t in self.transforms:
+            if _has_field(t) and (field := t._field) is not None:
+                return self._spread(t, field)
+        return None
 
     def _spread(self, transform: Transform, tensor: Tensor) -> Tensor:
         """A part's tensor with the axes of the whole chain's batch."""
@@ -767,13 +756,29 @@ class Compose(Transform):
 _MATRICES = ("affine", "projective")
 
 
-def _one_matrix(first: Transform, second: Transform) -> Transform:
-    """Neighbours in a chain, joined."""
-    one, two = first.parameters, second.parameters
-    if one.dim() != two.dim():
-        one, two = (m.unsqueeze(1) if m.dim() == 3 else m for m in (one, two))
-    joined = matrices.compose(one, two)
-    return Affine(joined) if joined.shape[-2] != joined.shape[-1] else Projective(joined)
+def _are_matrices(transforms: Sequence[Transform]) -> bool:
+    return all(t.kind in _MATRICES for t in transforms)
+
+
+def _parts(transforms: Sequence[Transform]) -> list[Transform]:
+    """The maps of a chain, one by one."""
+    return [part for t in transforms for part in (_parts(t.transforms) if isinstance(t, Compose) else [t])]
+
+
+def _joined(parts: Sequence[Transform]) -> list[Transform]:
+    """Neighbouring matrices as one map."""
+    joined: list[Transform] = []
+    for t in parts:
+        if joined and _are_matrices([joined[-1], t]):
+            joined[-1] = Compose(joined[-1], t)
+        else:
+            joined.append(t)
+    return joined
+
+
+def _has_field(transform: Transform) -> bool:
+    """Whether it reads a field as a link of a chain, which takes a while to make for some."""
+    return isinstance(transform, (_Dense, LinearBasis))
 
 
 def _check_constant(tensor: object, name: str, argument: str) -> Tensor:
