@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from scipy.interpolate import BSpline, RBFInterpolator
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from user_maps import (
     LogPolar,
@@ -394,6 +395,30 @@ def test_thin_plates_pass_through_their_points_and_are_solved_once(monkeypatch):
     targets += 0.1
     tri_stn.ThinPlateSpline(targets, source).parameters  # noqa: B018
     assert len(calls) == 2, "changed in place, so solved again"
+
+
+@pytest.mark.parametrize("solved_in", [torch.inference_mode, lambda: FakeTensorMode(allow_non_fake_inputs=True)])
+def test_what_a_mode_solved_serves_nobody_else(solved_in):
+    targets, source = TARGETS.clone(), (TARGETS + 0.1 * randn(1, 6, 2)).requires_grad_()
+    image = torch.rand(1, 1, 4, 4)
+    with solved_in():
+        tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, source))
+    output = tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, source))
+    assert type(output) is torch.Tensor and torch.autograd.grad(output.sum(), source)[0].any()
+
+
+def test_thin_plates_of_inference_tensors():
+    """Which count no versions."""
+    image = torch.rand(1, 1, 4, 4)
+    with torch.inference_mode():
+        targets, source = TARGETS.clone(), TARGETS + 0.1 * randn(1, 6, 2)
+        inside = [tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, source)) for _ in range(2)]
+        targets += 0.1
+        moved = tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, source))
+    outside = source.clone().requires_grad_()
+    output = tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, outside))
+    assert torch.equal(*inside) and not torch.equal(inside[0], moved) and torch.equal(moved, output)
+    assert torch.autograd.grad(output.sum(), outside)[0].any()
 
 
 @pytest.mark.parametrize("backend", ["kernels"], indirect=True)

@@ -485,10 +485,20 @@ _solutions = torch.utils.weak.WeakTensorKeyDictionary()
 
 def _thin_plate_solution(targets: Tensor, regularization: float) -> Tensor:
     """The matrix (K + 3, K) from source points to weights and an affine part (1, x, y)."""
+    if torch.compiler.is_compiling() or targets.is_inference():  # these do not say whether they changed
+        return _solve_thin_plate(targets, regularization)
     key = targets._version, regularization
-    kept = None if torch.compiler.is_compiling() else _solutions.get(targets)
+    kept = _solutions.get(targets)
     if kept is not None and kept[0] == key:
         return kept[1]
+    with torch.inference_mode(False):  # another call's backward pass may save it
+        solution = _solve_thin_plate(targets, regularization)
+    if type(solution) is Tensor:  # not a mode's stand-in for it
+        _solutions[targets] = (key, solution)
+    return solution
+
+
+def _solve_thin_plate(targets: Tensor, regularization: float) -> Tensor:
     points = targets.detach().double()
     count = len(points)
     square = (points.unsqueeze(0) - points.unsqueeze(1)).square().sum(-1)
@@ -497,10 +507,7 @@ def _thin_plate_solution(targets: Tensor, regularization: float) -> Tensor:
     plane = torch.cat([torch.ones_like(points[:, :1]), points], 1)
     system = torch.cat([bending + regularization * identity, plane], 1)
     below = torch.cat([plane.T, plane.new_zeros(3, 3)], 1)
-    solution = torch.linalg.inv_ex(torch.cat([system, below]))[0][:, :count]  # without waiting for the device
-    if not torch.compiler.is_compiling():
-        _solutions[targets] = (key, solution)
-    return solution
+    return torch.linalg.inv_ex(torch.cat([system, below]))[0][:, :count]  # without waiting for the device
 
 
 @dataclass(frozen=True, eq=False)
