@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from user_maps import RadialDistortion
 
 import tri_stn
 
@@ -30,6 +31,33 @@ def affine(theta=THETA):
         (lambda: tri_stn.warp(IMAGE, affine(torch.rand(3, 4, 2, 3))), ValueError, "got 2 images and 3 maps"),
         (lambda: tri_stn.warp(IMAGE, affine(THETA.to("meta"))), ValueError, "same device; got cpu and meta"),
         (lambda: tri_stn.warp(IMAGE.to("meta"), affine(THETA.to("meta"))), None, ""),
+        (
+            lambda: tri_stn.Attention(torch.ones(2, device="meta"), torch.zeros(2, 2)),
+            ValueError, "scale on meta, translation on cpu",
+        ),
+        (
+            lambda: tri_stn.Similarity(torch.ones(2), torch.ones(2, device="meta"), torch.ones(2, 2)),
+            ValueError, "angle on meta",
+        ),
+        (
+            lambda: tri_stn.ThinPlateSpline(torch.rand(3, 2), torch.rand(1, 3, 2, device="meta")),
+            ValueError, "target_points on cpu, source_points on meta",
+        ),
+        (
+            lambda: tri_stn.PiecewiseAffine(
+                torch.rand(3, 2), torch.zeros(1, 3, dtype=torch.long, device="meta"), torch.rand(1, 3, 2)
+            ),
+            ValueError, "triangles on meta",
+        ),
+        (
+            lambda: tri_stn.LinearBasis(torch.rand(2, 2, 3), torch.rand(3, 5, 5, device="meta")),
+            ValueError, "coefficients on cpu, basis on meta",
+        ),
+        (
+            lambda: tri_stn.Compose(tri_stn.Compose(affine()), tri_stn.FreeForm(torch.rand(1, 4, 4, 2, device="meta"))),
+            ValueError, "Compose on cpu, FreeForm on meta",
+        ),
+        (lambda: RadialDistortion(torch.rand(2), torch.rand(2, device="meta")), ValueError, "k1 on cpu, k2 on meta"),
         (lambda: tri_stn.warp(IMAGE, affine(), mode="cubic"), ValueError, "'nearest', 'bicubic', but got: 'cubic'"),
         (lambda: tri_stn.warp(IMAGE, affine(), padding_mode="wrap"), ValueError, "'zeros', .*, but got: 'wrap'"),
         (lambda: tri_stn.warp(IMAGE, affine(), align_corners=None), TypeError, "True or False; got None"),

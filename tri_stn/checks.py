@@ -11,3 +11,10 @@ def check_floating(tensor: object, name: str, argument: str) -> Tensor:
             f"{name} takes {argument} in a floating-point dtype; got {tensor.dtype}. Convert it with .float()."
         )
     return tensor
+
+
+def check_devices(name: str, **tensors: Tensor) -> None:
+    first, *others = tensors.values()
+    if any(tensor.device != first.device for tensor in others):
+        got = ", ".join(f"{argument} on {tensor.device}" for argument, tensor in tensors.items())
+        raise ValueError(f"{name} takes tensors on one device; got {got}. Move one with .to().")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops, points
-from .checks import check_floating
+from .checks import check_devices, check_floating
 from .transforms import Transform
 
 _LANES = 16
@@ -98,9 +98,14 @@ class _Registered(Transform):
             object.__setattr__(self, name, value)
         if len(shapes) > 1:
             raise ValueError(f"{title} takes parameters of one batch, (N,) or (N, K); got {sorted(shapes)}.")
+        check_devices(title, **given)
         object.__setattr__(self, "batch", shapes.pop())
 
     batch = torch.Size()
+
+    @property
+    def _device(self) -> torch.device:
+        return getattr(self, next(iter(self._lengths))).device
 
     @property
     def parameters(self) -> Tensor:

@@ -17,7 +17,7 @@ import torch.utils.weak
 from torch import Tensor
 
 from . import matrices
-from .checks import check_floating
+from .checks import check_devices, check_floating
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,11 @@ class Transform:
     def batch(self) -> torch.Size:
         """(N,), or (N, K) for K maps per image."""
         raise NotImplementedError
+
+    @property
+    def _device(self) -> torch.device:
+        """Of its tensors, all of them."""
+        return getattr(self, fields(self)[0].name).device
 
     @property
     def _numbers(self) -> Tensor:
@@ -186,6 +191,7 @@ class Attention(_AffineFamily):
                 f"Attention takes scale of shape {tuple(self.batch)} or {tuple(self.translation.shape)} with this "
                 f"translation; got {tuple(scale.shape)}."
             )
+        check_devices("Attention", scale=scale, translation=self.translation)
 
     @property
     def parameters(self) -> Tensor:
@@ -232,6 +238,7 @@ class Similarity(_AffineFamily):
                     f"Similarity takes translation (N, 2) or (N, K, 2), and {name} of shape (N,) or (N, K); got "
                     f"{tuple(self.translation.shape)} and {tuple(value.shape)}."
                 )
+        check_devices("Similarity", scale=self.scale, angle=self.angle, translation=self.translation)
 
     @property
     def parameters(self) -> Tensor:
@@ -466,6 +473,7 @@ class ThinPlateSpline(_PointPairs):
         if targets.dim() != 2 or targets.shape[1] != 2 or targets.shape[0] < 3:
             raise ValueError(f"ThinPlateSpline takes target_points (K, 2), K >= 3; got {tuple(targets.shape)}.")
         _check_points("ThinPlateSpline", targets, sources)
+        check_devices("ThinPlateSpline", target_points=targets, source_points=sources)
 
     @property
     def kind(self) -> str:
@@ -590,6 +598,7 @@ class PiecewiseAffine(_PointPairs):
                 f"{tuple(targets.shape)} and {tuple(self.triangles.shape)}."
             )
         _check_points("PiecewiseAffine", targets, sources)
+        check_devices("PiecewiseAffine", target_points=targets, triangles=self.triangles, source_points=sources)
 
     @property
     def kind(self) -> str:
@@ -631,6 +640,7 @@ class LinearBasis(Transform):
                 "LinearBasis takes coefficients (N, d, B) or (N, K, d, B) and a basis (B, *size) of d dimensions; got "
                 f"{tuple(coefficients.shape)} and {tuple(basis.shape)}."
             )
+        check_devices("LinearBasis", coefficients=coefficients, basis=basis)
 
     @property
     def kind(self) -> str:
@@ -682,6 +692,9 @@ class Compose(Transform):
                 raise TypeError(f"Compose takes transforms such as tri_stn.Affine(theta); got {type(t).__name__}.")
         if len({t.dims for t in transforms}) > 1:
             raise ValueError(f"Compose takes maps of the same dimensions; got {[t.dims for t in transforms]}.")
+        if any(t._device != transforms[0]._device for t in transforms):
+            devices = [f"{type(t).__name__} on {t._device}" for t in transforms]
+            raise ValueError(f"Compose takes maps on one device; got {', '.join(devices)}. Move one with .to().")
         parts = _parts(transforms)
         fields = [t for t in parts if _has_field(t)]
         if len(fields) > 1:
@@ -744,6 +757,10 @@ class Compose(Transform):
         return self._batch
 
     @property
+    def _device(self) -> torch.device:
+        return self.transforms[0]._device
+
+    @property
     def dims(self) -> int:
         return self.transforms[0].dims
 
@@ -801,8 +818,6 @@ def _check_points(name: str, targets: Tensor, sources: Tensor) -> None:
             f"{name} takes source_points (N, {len(targets)}, 2) or (N, M, {len(targets)}, 2) with these "
             f"target_points; got {tuple(sources.shape)}."
         )
-    if sources.device != targets.device:
-        raise ValueError(f"{name} takes its points on one device; got {targets.device} and {sources.device}.")
 
 
 def _check_unit(name: str, unit: object) -> None:
