@@ -369,6 +369,29 @@ def test_func_transforms_and_compile(backend, name):
         torch.testing.assert_close(b, c, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["free_form", "triangles", "field", "radial"])
+def test_the_default_device_decides_nothing(backend, name):
+    """Where a chain becomes a stored grid, either."""
+    fields = lambda b: [near_identity(b), 0.1 * randn(*b, 3, 4, 2)], field_chain, None
+    make, transform, _ = fields if name == "field" else MAPS[name]
+    image, parameters = torch.rand(1, 1, 4, 5, device=backend), [p.to(backend) for p in make((1,))]
+
+    def loss(*parameters):
+        return tri_stn.warp(image, transform(*parameters), (3, 3)).square().sum()
+
+    differentiate = torch.func.grad(loss, tuple(range(len(parameters))))
+    expected = differentiate(*parameters)
+    with torch.device("meta"):
+        got = differentiate(*parameters)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # fp32, on a GPU summed in any order
+
+
+def test_maps_are_registered_whatever_the_default_device():
+    with torch.device("meta"):
+        tri_stn.register_transform("anywhere", radial, radial_vjp, radial_in_torch, ("k1", "k2"))
+
+
 def test_deterministic_sums(backend, monkeypatch):
     """Then a chain goes through a stored grid: the same numbers."""
     make, transform, _ = MAPS["chain"]

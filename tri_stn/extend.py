@@ -120,10 +120,10 @@ def _check(
 ) -> None:  # fmt: skip
     """Run map and vjp on a few points, and compare with the twin and its derivatives in fp64."""
     map, map_vjp, reference = functions
-    generator = torch.Generator().manual_seed(0)
-    theta = 0.1 + 0.4 * torch.rand(len(labels), generator=generator) if example is None else torch.tensor(example)
-    place = 1.8 * torch.rand(dims, _LANES, generator=generator) - 0.9
-    grad = torch.rand(dims, _LANES, generator=generator) + 0.5
+    random = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0), device="cpu")
+    theta = 0.1 + 0.4 * random(len(labels)) if example is None else torch.tensor(example, device="cpu")
+    place = 1.8 * random(dims, _LANES) - 0.9
+    grad = random(dims, _LANES) + 0.5
     theta = theta.to(torch.float32)
     got = kernels.try_link(map, map_vjp, *(t.to(device) for t in (theta, place, grad))).cpu().double()
 

@@ -581,9 +581,9 @@ def _inverse(matrix: Tensor) -> Tensor:
     if n == 1:
         return 1 / matrix
     cofactors = [[(-1) ** (i + j) * _determinant(_minor(rows, i, j)) for j in range(n)] for i in range(n)]
-    determinant = sum(entry * cofactor for entry, cofactor in zip(rows[0], cofactors[0], strict=True))
+    terms = [entry * cofactor for entry, cofactor in zip(rows[0], cofactors[0], strict=True)]
     adjugate = torch.stack([torch.stack(row, -1) for row in cofactors], -1)  # transposed
-    return adjugate / torch.as_tensor(determinant)[..., None, None]
+    return adjugate / sum(terms[1:], start=terms[0])[..., None, None]
 
 
 def _determinant(rows: list[list[Tensor]]) -> Tensor:
