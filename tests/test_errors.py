@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from user_maps import RadialDistortion
@@ -63,6 +64,10 @@ def affine(theta=THETA):
         (lambda: tri_stn.warp(IMAGE, affine(), align_corners=None), TypeError, "True or False; got None"),
         (lambda: tri_stn.warp(IMAGE, affine(), 5), TypeError, r"sequence of 2 integers, \(H, W\); got 5"),
         (lambda: tri_stn.warp(IMAGE, affine(), (5.0, 5)), TypeError, r"integers, \(H, W\); got \(5.0, 5\)"),
+        (lambda: tri_stn.warp(IMAGE, affine(), (True, 5)), TypeError, r"integers, \(H, W\); got \(True, 5\)"),
+        (lambda: tri_stn.warp(IMAGE, affine(), (np.float64(4), 5)), TypeError, r"integers, \(H, W\); got"),
+        (lambda: tri_stn.warp(IMAGE, affine(), torch.tensor([4, 5]).unbind()), TypeError, r"integers, \(H, W\); got"),
+        (lambda: tri_stn.rotation(1.0, size=(4, True)), TypeError, r"integers, \(H, W\); got \(4, True\)"),
         (lambda: tri_stn.warp(IMAGE, affine(), (2, 3, 5, 5)), ValueError, "Leave out the batch and channels"),
         (lambda: tri_stn.warp(IMAGE, affine(), (-1, 5)), ValueError, r"not be negative; got \(-1, 5\)"),
         (lambda: tri_stn.warp(IMAGE, affine(), 5.0), TypeError, r"sequence of 2 integers, \(H, W\); got 5.0"),
@@ -100,6 +105,21 @@ def test_bad_input(call, error, says):
         return
     with pytest.raises(error, match=says):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda size: tri_stn.warp(IMAGE, affine(), size),
+        lambda size: tri_stn.splat(IMAGE, affine(), size),
+        lambda size: tri_stn.rotation(1.0, size=size),
+        lambda size: tri_stn.boxes(IMAGE[0, 0, :, :4], size, size),
+        lambda size: tri_stn.from_pixel_matrix(THETA, size, size),
+    ],
+)
+def test_integers_of_numpy_are_integers(call):
+    got = call((np.int64(3), np.int32(7)))
+    assert torch.equal(got, call((3, 7)))
 
 
 def run(code):

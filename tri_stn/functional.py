@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
+from .checks import axis_names, check_size
 from .lazy import LazyGrid, check_align_corners
 from .transforms import Grid, Transform
 
@@ -115,8 +116,8 @@ def warp(
     dims = transform.dims
     if input.dim() != dims + 2:
         raise ValueError(
-            f"A {dims}-D {type(transform).__name__} takes input of shape (N, C, {_axes(dims)}), {dims + 2} dimensions; "
-            f"got {tuple(input.shape)}."
+            f"A {dims}-D {type(transform).__name__} takes input of shape (N, C, {axis_names(dims)}), {dims + 2} "
+            f"dimensions; got {tuple(input.shape)}."
         )
     if 0 in input.shape[2:]:
         raise ValueError(f"input must have at least one pixel; got spatial size {tuple(input.shape[2:])}.")
@@ -199,7 +200,7 @@ def splat(
     parameters = _check_call("splat", input, transform, mode, padding_mode, align_corners)
     dims, maps = transform.dims, tuple(transform.batch[1:])
     if input.dim() != dims + 2 + len(maps) or maps not in ((), tuple(input.shape[1:2])):
-        shape = f"(N, {f'K = {maps[0]}, ' if maps else ''}C, {_axes(dims)})"
+        shape = f"(N, {f'K = {maps[0]}, ' if maps else ''}C, {axis_names(dims)})"
         raise ValueError(
             f"This {dims}-D {type(transform).__name__} takes input of shape {shape}; got {tuple(input.shape)}."
         )
@@ -465,14 +466,13 @@ def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _check_size(size: Sequence[int], dims: int) -> tuple[int, ...]:
-    if not isinstance(size, Sequence) or not all(isinstance(s, (int, torch.SymInt)) for s in size):
-        raise TypeError(f"size must be a sequence of {dims} integers, ({_axes(dims)}); got {size!r}.")
+    size = check_size("size", size, dims)
     if len(size) != dims:
         hint = " Leave out the batch and channels." if len(size) == dims + 2 else ""
-        raise ValueError(f"size must be the output's ({_axes(dims)}); got {tuple(size)}.{hint}")
+        raise ValueError(f"size must be the output's ({axis_names(dims)}); got {size}.{hint}")
     if any(s < 0 for s in size):
-        raise ValueError(f"size must not be negative; got {tuple(size)}.")
-    return tuple(size)
+        raise ValueError(f"size must not be negative; got {size}.")
+    return size
 
 
 def _check_axes(dtype: torch.dtype, *sizes: Sequence[int]) -> None:
@@ -481,7 +481,3 @@ def _check_axes(dtype: torch.dtype, *sizes: Sequence[int]) -> None:
             f"An axis of more than 2 ** 24 pixels needs fp64, as fp32 cannot number its pixels; got sizes "
             f"{' and '.join(str(tuple(size)) for size in sizes)} in {dtype}. Convert the input with .double()."
         )
-
-
-def _axes(dims: int) -> str:
-    return ", ".join(("D", "H", "W")[-dims:])

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_floating
+from .checks import axis_names, check_floating, check_size
 
 Number = float | Tensor
 """A number for all maps, a 0-d tensor, or one number per map: a tensor (N,) or (N, K)."""
@@ -486,18 +486,13 @@ def _units(name: str, size: Sequence[int] | None, dims: int, align_corners: bool
         raise TypeError(f"align_corners must be True or False; got {align_corners!r}.")
     if size is None:
         return _Units([1.0] * dims, [0.0] * dims)
-    if not isinstance(size, Sequence) or not all(isinstance(n, (int, torch.SymInt)) for n in size):
-        raise TypeError(f"{name} must be a sequence of {dims} integers, ({_axes(dims)}); got {size!r}.")
+    size = check_size(name, size, dims)
     if len(size) != dims or any(n < 1 for n in size):
         raise ValueError(
-            f"{name} must be ({_axes(dims)}), at least one pixel each, for {dims}-D maps; got {tuple(size)}."
+            f"{name} must be ({axis_names(dims)}), at least one pixel each, for {dims}-D maps; got {size}."
         )
     pixels = list(reversed(size))
     return _Units([(n - align_corners) / 2 or 0.5 for n in pixels], [(n - 1) / 2 for n in pixels])
-
-
-def _axes(dims: int) -> str:
-    return ", ".join("DHW"[-dims:])
 
 
 def _check_matrix(name: str, matrix: object) -> int:
