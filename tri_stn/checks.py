@@ -17,6 +17,10 @@ def check_floating(tensor: object, name: str, argument: str) -> Tensor:
         raise TypeError(
             f"{name} takes {argument} in a floating-point dtype; got {tensor.dtype}. Convert it with .float()."
         )
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} takes {argument} as a dense tensor; got layout {tensor.layout}. Convert it with .to_dense()."
+        )
     return tensor
 
 
