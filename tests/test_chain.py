@@ -485,6 +485,10 @@ def test_registering_names_what_is_wrong():
             lambda: tri_stn.ThinPlateSpline(TARGETS.clone().requires_grad_(), torch.rand(1, 6, 2)),
             "no gradient for target",
         ),
+        (
+            lambda: tri_stn.Compose(tri_stn.Affine(torch.rand(2, 2, 3)), tri_stn.Displacement(torch.rand(2, 0, 9, 2))),
+            r"at least one pixel; got a Displacement of size \(0, 9\)",
+        ),
         (lambda: tri_stn.FreeForm(torch.rand(1, 3, 5, 2)), r"at least 4 control points.*got \(1, 3, 5, 2\)"),
         (lambda: tri_stn.PiecewiseAffine(CORNERS, TRIANGLES[:, :2], CORNERS[None]), r"triangles \(T, 3\).*\(4, 2\)"),
         (lambda: tri_stn.LinearBasis(torch.rand(1, 2, 3), torch.rand(4, 5, 5)), r"\(1, 2, 3\) and \(4, 5, 5\)"),

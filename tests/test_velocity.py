@@ -235,6 +235,15 @@ def test_compiles_to_one_graph(backend):
     torch.testing.assert_close(compiled(image, field), run(image, field))
 
 
+@REFERENCE
+@pytest.mark.parametrize("make", [tri_stn.Velocity, lambda field: tri_stn.Displacement(field).inverse()])
+def test_a_field_without_pixels_makes_an_output_without(backend, make):
+    """As a grid and a displacement do."""
+    field = torch.zeros(2, 0, 4, 2, requires_grad=True)
+    output = tri_stn.warp(torch.rand(2, 3, 5, 6), make(field))
+    assert output.shape == (2, 3, 0, 4) and torch.autograd.grad(output.sum(), field)[0].shape == field.shape
+
+
 FIELD = torch.zeros(1, 3, 4, 2)
 
 

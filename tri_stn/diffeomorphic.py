@@ -89,6 +89,8 @@ def _read_at(field: Tensor, displacement: Tensor, unit: str, align_corners: bool
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer; got {value!r}.")
+    if 0 in field.shape[-dims - 1 : -1]:  # no pixels, which `warp` refuses to read
+        return field
     if value < 0:
         raise ValueError(f"{name} must not be negative; got {value}.")
 

@@ -705,6 +705,12 @@ class Compose(Transform):
         if any(isinstance(t, LinearBasis) for t in parts[1:]):
             raise ValueError("A LinearBasis has its numbers at output pixels: it has to be the first of a Compose.")
         ranks = max(len(t.batch) for t in parts)
+        empty = [t for t in parts[1:] if isinstance(t, _Dense) and 0 in t.size]
+        if empty:
+            raise ValueError(
+                f"A field that is read in a Compose has at least one pixel; got a {type(empty[0]).__name__} of size "
+                f"{tuple(empty[0].size)}."
+            )
         shapes = [(*t.batch, *(1,) * (ranks - len(t.batch))) for t in parts]
         try:
             batch = torch.broadcast_shapes(*shapes)
