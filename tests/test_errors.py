@@ -96,6 +96,10 @@ def affine(theta=THETA):
         (lambda: tri_stn.Affine(THETA[0]), ValueError, r"\(N, 2, 3\) or \(N, K, 2, 3\).*got \(2, 3\)"),
         (lambda: tri_stn.Affine(THETA.mT), ValueError, r"got \(2, 3, 2\)"),
         (lambda: tri_stn.Affine(THETA.int()), TypeError, r"floating-point dtype; got torch.int32"),
+        (
+            lambda: tri_stn.ThinPlateSpline(torch.rand(3, 2), torch.rand(1, 3, 2), "a"),
+            TypeError, "regularization as a number; got 'a'",
+        ),
         (lambda: tri_stn.Affine(THETA.to_sparse()), TypeError, "theta as a dense tensor; got layout torch.sparse_coo"),
         (lambda: tri_stn.Grid(torch.rand(2, 5, 5, 2).to_mkldnn()), TypeError, "dense tensor; got layout torch._mkldnn"),
         (lambda: tri_stn.invert(THETA.to_sparse()), TypeError, "matrices as a dense tensor; got layout"),

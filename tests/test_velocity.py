@@ -253,6 +253,7 @@ FIELD = torch.zeros(1, 3, 4, 2)
         (lambda: tri_stn.Velocity(FIELD[0]), ValueError, r"Velocity takes field of shape .*got \(3, 4, 2\)"),
         (lambda: tri_stn.Velocity(FIELD.long()), TypeError, "Velocity takes field in a floating-point dtype"),
         (lambda: tri_stn.Velocity(FIELD, -1), ValueError, "steps must not be negative; got -1"),
+        (lambda: tri_stn.Velocity(FIELD, 2000), ValueError, "steps must be at most 100.*got 2000"),
         (lambda: tri_stn.Velocity(FIELD, True), TypeError, "steps must be an integer; got True"),
         (lambda: tri_stn.Velocity(FIELD, unit="voxel"), ValueError, "Velocity takes unit .*got 'voxel'"),
         (lambda: tri_stn.Velocity(FIELD, align_corners=None), TypeError, "must be True or False; got None"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 
 import torch
 import torch.utils.weak
@@ -454,10 +455,10 @@ class ThinPlateSpline(_PointPairs):
     Args:
         target_points: (K, 2), K >= 3, not all on one line, normalised, x first. No gradient.
         source_points: (N, K, 2), or (N, M, K, 2) for M maps per image. May require grad.
-        regularization: 0 to pass through the points; more, to bend less.
+        regularization: a number; 0 to pass through the points; more, to bend less.
 
     Raises:
-        TypeError: one of them is not a floating-point tensor.
+        TypeError: one of the points is not a floating-point tensor, or regularization not a number.
         ValueError: their shapes do not fit, or target_points requires grad.
 
     Source: Bookstein 1989; U(r) = r² log r².
@@ -470,6 +471,8 @@ class ThinPlateSpline(_PointPairs):
     def __post_init__(self) -> None:
         targets = _check_constant(self.target_points, "ThinPlateSpline", "target_points")
         sources = check_floating(self.source_points, "ThinPlateSpline", "source_points")
+        if not isinstance(self.regularization, (Real, torch.SymFloat)):
+            raise TypeError(f"ThinPlateSpline takes regularization as a number; got {self.regularization!r}.")
         if targets.dim() != 2 or targets.shape[1] != 2 or targets.shape[0] < 3:
             raise ValueError(f"ThinPlateSpline takes target_points (K, 2), K >= 3; got {tuple(targets.shape)}.")
         _check_points("ThinPlateSpline", targets, sources)
@@ -702,15 +705,15 @@ class Compose(Transform):
                 f"Compose takes one field; got {' and '.join(type(t).__name__ for t in fields)}. Join them first: the "
                 "displacement of f, then g is f + warp(g, Displacement(f)), with fields as images."
             )
-        if any(isinstance(t, LinearBasis) for t in parts[1:]):
-            raise ValueError("A LinearBasis has its numbers at output pixels: it has to be the first of a Compose.")
-        ranks = max(len(t.batch) for t in parts)
         empty = [t for t in parts[1:] if isinstance(t, _Dense) and 0 in t.size]
         if empty:
             raise ValueError(
                 f"A field that is read in a Compose has at least one pixel; got a {type(empty[0]).__name__} of size "
                 f"{tuple(empty[0].size)}."
             )
+        if any(isinstance(t, LinearBasis) for t in parts[1:]):
+            raise ValueError("A LinearBasis has its numbers at output pixels: it has to be the first of a Compose.")
+        ranks = max(len(t.batch) for t in parts)
         shapes = [(*t.batch, *(1,) * (ranks - len(t.batch))) for t in parts]
         try:
             batch = torch.broadcast_shapes(*shapes)
