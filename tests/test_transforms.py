@@ -135,6 +135,15 @@ CHAINS = {
 }
 
 
+def test_what_is_shown_are_shapes():
+    fields = tri_stn.Velocity(torch.rand(1, 3, 4, 2)), RadialDistortion(torch.rand(2), torch.rand(2))
+    shown = repr(tri_stn.Compose(*fields))
+    assert shown == (
+        "Compose(Velocity(field=<(1, 3, 4, 2)>, steps=7, unit='normalized', align_corners=False), "
+        "RadialDistortion(k1=<(2,)>, k2=<(2,)>))"
+    )
+
+
 @pytest.mark.parametrize("first_used", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)

@@ -17,7 +17,7 @@ _MOST_STEPS = 100
 """fp32 has smaller numbers still."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Velocity(_Dense):
     """The flow of a velocity field after one unit of time: a smooth map with a smooth inverse, exp(field).
 

@@ -104,8 +104,8 @@ class _Registered(Transform):
     batch = torch.Size()
 
     @property
-    def _device(self) -> torch.device:
-        return getattr(self, next(iter(self._lengths))).device
+    def _names(self) -> list[str]:
+        return list(self._lengths)
 
     @property
     def parameters(self) -> Tensor:

@@ -21,7 +21,7 @@ from . import matrices
 from .checks import check_devices, check_floating
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Transform:
     """What every transform offers the sampler."""
 
@@ -50,9 +50,20 @@ class Transform:
         raise NotImplementedError
 
     @property
+    def _names(self) -> list[str]:
+        """Those of what it is made of, a tensor first."""
+        return [field.name for field in fields(self)]
+
+    @property
     def _device(self) -> torch.device:
         """Of its tensors, all of them."""
-        return getattr(self, fields(self)[0].name).device
+        return getattr(self, self._names[0]).device
+
+    def __repr__(self) -> str:
+        """With tensors' shapes: the numbers of a field would be pages of a traceback."""
+        values = ((name, getattr(self, name)) for name in self._names)
+        shown = (f"{name}={f'<{tuple(v.shape)}>' if isinstance(v, Tensor) else repr(v)}" for name, v in values)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def _numbers(self) -> Tensor:
@@ -91,7 +102,7 @@ class Transform:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Affine(Transform):
     """An affine map, with the same ``theta`` as `torch.nn.functional.affine_grid`.
 
@@ -164,7 +175,7 @@ class _AffineFamily(Transform):
         return self.translation.shape[-1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Attention(_AffineFamily):
     """A window: the paper's attention, which crops, translates and scales (Jaderberg et al. 2015, equation 2).
 
@@ -209,7 +220,7 @@ class Attention(_AffineFamily):
         return Attention(scale.to(self.scale.dtype), translation.to(self.translation.dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Similarity(_AffineFamily):
     """A rotation and one scale for both axes, in normalised coordinates: rigid on square images.
 
@@ -256,7 +267,7 @@ class Similarity(_AffineFamily):
         return Similarity(scale.to(self.scale.dtype), -self.angle, translation.to(self.translation.dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Projective(Transform):
     """A projective map (homography): straight lines stay straight, parallels may meet.
 
@@ -308,7 +319,7 @@ class Projective(Transform):
         return Projective(matrices.invert(self.matrix))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Dense(Transform):
     """A map with d numbers for each output pixel: (N, *size, d) or (N, K, *size, d)."""
 
@@ -349,7 +360,7 @@ class _Dense(Transform):
         return self._given.shape[-self.dims - 1 : -1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Grid(_Dense):
     """An explicit grid, as `torch.nn.functional.grid_sample` takes it: where each output pixel looks.
 
@@ -373,7 +384,7 @@ class Grid(_Dense):
         return self.grid
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Displacement(_Dense):
     """The identity plus a displacement field: dense registration, optical flow.
 
@@ -445,7 +456,7 @@ class _PointPairs(Transform):
         return 2
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ThinPlateSpline(_PointPairs):
     """A thin-plate spline: the smoothest map that reads the output points ``target_points`` at ``source_points``.
 
@@ -521,7 +532,7 @@ def _solve_thin_plate(targets: Tensor, regularization: float) -> Tensor:
     return torch.linalg.inv_ex(torch.cat([system, below]))[0][:, :count]  # without waiting for the device
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FreeForm(Transform):
     """A free-form deformation: the identity plus a uniform cubic B-spline of displacements.
 
@@ -569,7 +580,7 @@ class FreeForm(Transform):
         return self.lattice.shape[-1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PiecewiseAffine(_PointPairs):
     """An affine map of its own on each triangle of a mesh; outside every triangle, out of bounds.
 
@@ -578,7 +589,8 @@ class PiecewiseAffine(_PointPairs):
 
     Args:
         target_points: (K, 2), normalised, x first. No gradient.
-        triangles: (T, 3), integers: the corners of each triangle, in any order.
+        triangles: (T, 3), integers: the corners of each triangle, in any order. An index of none of the K points is
+            an IndexError on the CPU, at the first use; on CUDA a failed assertion, after which no kernel runs.
         source_points: (N, K, 2), or (N, M, K, 2) for M maps per image. May require grad.
 
     Raises:
@@ -616,7 +628,7 @@ class PiecewiseAffine(_PointPairs):
         return torch.cat([shares.expand(*self.batch, -1, 9), sources], -1).flatten(-2)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearBasis(Transform):
     """The paper's general class T = M_θ B: for an output pixel p, ``x_k(p) = Σ_b coefficients[k, b] basis[b, p]``.
 
