@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from scipy.interpolate import BSpline, RBFInterpolator
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from user_maps import (
     LogPolar,
@@ -407,6 +408,29 @@ def test_func_transforms_and_compile(backend, name):
         torch.testing.assert_close(b, c, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["free_form", "triangles", "field", "radial"])
+def test_the_default_device_decides_nothing(backend, name):
+    """Where a chain becomes a stored grid, either."""
+    fields = lambda b: [near_identity(b), 0.1 * randn(*b, 3, 4, 2)], field_chain, None
+    make, transform, _ = fields if name == "field" else MAPS[name]
+    image, parameters = torch.rand(1, 1, 4, 5, device=backend), [p.to(backend) for p in make((1,))]
+
+    def loss(*parameters):
+        return tri_stn.warp(image, transform(*parameters), (3, 3)).square().sum()
+
+    differentiate = torch.func.grad(loss, tuple(range(len(parameters))))
+    expected = differentiate(*parameters)
+    with torch.device("meta"):
+        got = differentiate(*parameters)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # fp32, on a GPU summed in any order
+
+
+def test_maps_are_registered_whatever_the_default_device():
+    with torch.device("meta"):
+        tri_stn.register_transform("anywhere", radial, radial_vjp, radial_in_torch, ("k1", "k2"))
+
+
 def test_deterministic_sums(backend, monkeypatch):
     """Then a chain goes through a stored grid: the same numbers."""
     make, transform, _ = MAPS["chain"]
@@ -433,6 +457,30 @@ def test_thin_plates_pass_through_their_points_and_are_solved_once(monkeypatch):
     targets += 0.1
     tri_stn.ThinPlateSpline(targets, source).parameters  # noqa: B018
     assert len(calls) == 2, "changed in place, so solved again"
+
+
+@pytest.mark.parametrize("solved_in", [torch.inference_mode, lambda: FakeTensorMode(allow_non_fake_inputs=True)])
+def test_what_a_mode_solved_serves_nobody_else(solved_in):
+    targets, source = TARGETS.clone(), (TARGETS + 0.1 * randn(1, 6, 2)).requires_grad_()
+    image = torch.rand(1, 1, 4, 4)
+    with solved_in():
+        tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, source))
+    output = tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, source))
+    assert type(output) is torch.Tensor and torch.autograd.grad(output.sum(), source)[0].any()
+
+
+def test_thin_plates_of_inference_tensors():
+    """Which count no versions."""
+    image = torch.rand(1, 1, 4, 4)
+    with torch.inference_mode():
+        targets, source = TARGETS.clone(), TARGETS + 0.1 * randn(1, 6, 2)
+        inside = [tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, source)) for _ in range(2)]
+        targets += 0.1
+        moved = tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, source))
+    outside = source.clone().requires_grad_()
+    output = tri_stn.warp(image, tri_stn.ThinPlateSpline(targets, outside))
+    assert torch.equal(*inside) and not torch.equal(inside[0], moved) and torch.equal(moved, output)
+    assert torch.autograd.grad(output.sum(), outside)[0].any()
 
 
 @pytest.mark.parametrize("backend", ["kernels"], indirect=True)
@@ -495,6 +543,10 @@ def test_registering_names_what_is_wrong():
         (
             lambda: tri_stn.ThinPlateSpline(TARGETS.clone().requires_grad_(), torch.rand(1, 6, 2)),
             "no gradient for target",
+        ),
+        (
+            lambda: tri_stn.Compose(tri_stn.Affine(torch.rand(2, 2, 3)), tri_stn.Displacement(torch.rand(2, 0, 9, 2))),
+            r"at least one pixel; got a Displacement of size \(0, 9\)",
         ),
         (lambda: tri_stn.FreeForm(torch.rand(1, 3, 5, 2)), r"at least 4 control points.*got \(1, 3, 5, 2\)"),
         (lambda: tri_stn.PiecewiseAffine(CORNERS, TRIANGLES[:, :2], CORNERS[None]), r"triangles \(T, 3\).*\(4, 2\)"),

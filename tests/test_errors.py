@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from user_maps import RadialDistortion
 
 import tri_stn
 
@@ -30,11 +32,42 @@ def affine(theta=THETA):
         (lambda: tri_stn.warp(IMAGE, affine(torch.rand(3, 4, 2, 3))), ValueError, "got 2 images and 3 maps"),
         (lambda: tri_stn.warp(IMAGE, affine(THETA.to("meta"))), ValueError, "same device; got cpu and meta"),
         (lambda: tri_stn.warp(IMAGE.to("meta"), affine(THETA.to("meta"))), None, ""),
+        (
+            lambda: tri_stn.Attention(torch.ones(2, device="meta"), torch.zeros(2, 2)),
+            ValueError, "scale on meta, translation on cpu",
+        ),
+        (
+            lambda: tri_stn.Similarity(torch.ones(2), torch.ones(2, device="meta"), torch.ones(2, 2)),
+            ValueError, "angle on meta",
+        ),
+        (
+            lambda: tri_stn.ThinPlateSpline(torch.rand(3, 2), torch.rand(1, 3, 2, device="meta")),
+            ValueError, "target_points on cpu, source_points on meta",
+        ),
+        (
+            lambda: tri_stn.PiecewiseAffine(
+                torch.rand(3, 2), torch.zeros(1, 3, dtype=torch.long, device="meta"), torch.rand(1, 3, 2)
+            ),
+            ValueError, "triangles on meta",
+        ),
+        (
+            lambda: tri_stn.LinearBasis(torch.rand(2, 2, 3), torch.rand(3, 5, 5, device="meta")),
+            ValueError, "coefficients on cpu, basis on meta",
+        ),
+        (
+            lambda: tri_stn.Compose(tri_stn.Compose(affine()), tri_stn.FreeForm(torch.rand(1, 4, 4, 2, device="meta"))),
+            ValueError, "Compose on cpu, FreeForm on meta",
+        ),
+        (lambda: RadialDistortion(torch.rand(2), torch.rand(2, device="meta")), ValueError, "k1 on cpu, k2 on meta"),
         (lambda: tri_stn.warp(IMAGE, affine(), mode="cubic"), ValueError, "'nearest', 'bicubic', but got: 'cubic'"),
         (lambda: tri_stn.warp(IMAGE, affine(), padding_mode="wrap"), ValueError, "'zeros', .*, but got: 'wrap'"),
         (lambda: tri_stn.warp(IMAGE, affine(), align_corners=None), TypeError, "True or False; got None"),
         (lambda: tri_stn.warp(IMAGE, affine(), 5), TypeError, r"sequence of 2 integers, \(H, W\); got 5"),
         (lambda: tri_stn.warp(IMAGE, affine(), (5.0, 5)), TypeError, r"integers, \(H, W\); got \(5.0, 5\)"),
+        (lambda: tri_stn.warp(IMAGE, affine(), (True, 5)), TypeError, r"integers, \(H, W\); got \(True, 5\)"),
+        (lambda: tri_stn.warp(IMAGE, affine(), (np.float64(4), 5)), TypeError, r"integers, \(H, W\); got"),
+        (lambda: tri_stn.warp(IMAGE, affine(), torch.tensor([4, 5]).unbind()), TypeError, r"integers, \(H, W\); got"),
+        (lambda: tri_stn.rotation(1.0, size=(4, True)), TypeError, r"integers, \(H, W\); got \(4, True\)"),
         (lambda: tri_stn.warp(IMAGE, affine(), (2, 3, 5, 5)), ValueError, "Leave out the batch and channels"),
         (lambda: tri_stn.warp(IMAGE, affine(), (-1, 5)), ValueError, r"not be negative; got \(-1, 5\)"),
         (lambda: tri_stn.warp(IMAGE, affine(), 5.0), TypeError, r"sequence of 2 integers, \(H, W\); got 5.0"),
@@ -63,6 +96,13 @@ def affine(theta=THETA):
         (lambda: tri_stn.Affine(THETA[0]), ValueError, r"\(N, 2, 3\) or \(N, K, 2, 3\).*got \(2, 3\)"),
         (lambda: tri_stn.Affine(THETA.mT), ValueError, r"got \(2, 3, 2\)"),
         (lambda: tri_stn.Affine(THETA.int()), TypeError, r"floating-point dtype; got torch.int32"),
+        (
+            lambda: tri_stn.ThinPlateSpline(torch.rand(3, 2), torch.rand(1, 3, 2), "a"),
+            TypeError, "regularization as a number; got 'a'",
+        ),
+        (lambda: tri_stn.Affine(THETA.to_sparse()), TypeError, "theta as a dense tensor; got layout torch.sparse_coo"),
+        (lambda: tri_stn.Grid(torch.rand(2, 5, 5, 2).to_mkldnn()), TypeError, "dense tensor; got layout torch._mkldnn"),
+        (lambda: tri_stn.invert(THETA.to_sparse()), TypeError, "matrices as a dense tensor; got layout"),
         (lambda: tri_stn.Affine([[1, 0, 0], [0, 1, 0]]), TypeError, "torch.Tensor; got list"),
     ],
 )  # fmt: skip
@@ -72,6 +112,21 @@ def test_bad_input(call, error, says):
         return
     with pytest.raises(error, match=says):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda size: tri_stn.warp(IMAGE, affine(), size),
+        lambda size: tri_stn.splat(IMAGE, affine(), size),
+        lambda size: tri_stn.rotation(1.0, size=size),
+        lambda size: tri_stn.boxes(IMAGE[0, 0, :, :4], size, size),
+        lambda size: tri_stn.from_pixel_matrix(THETA, size, size),
+    ],
+)
+def test_integers_of_numpy_are_integers(call):
+    got = call((np.int64(3), np.int32(7)))
+    assert torch.equal(got, call((3, 7)))
 
 
 def run(code):

@@ -485,6 +485,8 @@ def test_nothing_looks_at_values(name, generator):
     assert on_meta.device.type == "meta" and on_meta.shape == output.shape and on_meta.dtype == output.dtype
     compiled = torch.compile(call, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs), output, **EXACT)
+    with torch.device("meta"):  # nor at the default device
+        torch.testing.assert_close(call(*inputs), output, **EXACT)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from test_warp import MODES, PADDING_MODES, check
+from user_maps import RadialDistortion
 
 import tri_stn
 from tri_stn.testing import Case
@@ -113,6 +114,65 @@ def test_gradients_of_all_parameters(backend, make, shapes):
 
     assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(run, inputs)
+
+
+POINTS = torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1]])
+TRIANGLES = torch.tensor([[0, 1, 2], [1, 2, 3]])
+NUMBERS = {  # of one map each, near the identity, and what takes them
+    "affine": (lambda: [torch.eye(2, 3)], tri_stn.Affine),
+    "attention": (lambda: [torch.ones(()), torch.zeros(2)], tri_stn.Attention),
+    "similarity": (lambda: [torch.ones(()), torch.zeros(()), torch.zeros(2)], tri_stn.Similarity),
+    "thin_plate": (lambda: [POINTS], lambda s: tri_stn.ThinPlateSpline(POINTS, s)),
+    "piecewise_affine": (lambda: [0.9 * POINTS], lambda s: tri_stn.PiecewiseAffine(POINTS, TRIANGLES, s)),
+    "velocity": (lambda: [torch.zeros(4, 4, 2)], lambda field: tri_stn.Velocity(field, 2)),
+    "registered": (lambda: [torch.zeros(()), torch.zeros(())], RadialDistortion),
+}
+CHAINS = {
+    **{name: [name] for name in NUMBERS},
+    "matrices": ["affine", "attention", "similarity"],
+    "matrices among others": ["affine", "attention", "thin_plate"],
+    "a field": ["affine", "velocity"],
+}
+
+
+def test_what_is_shown_are_shapes():
+    fields = tri_stn.Velocity(torch.rand(1, 3, 4, 2)), RadialDistortion(torch.rand(2), torch.rand(2))
+    shown = repr(tri_stn.Compose(*fields))
+    assert shown == (
+        "Compose(Velocity(field=<(1, 3, 4, 2)>, steps=7, unit='normalized', align_corners=False), "
+        "RadialDistortion(k1=<(2,)>, k2=<(2,)>))"
+    )
+
+
+@pytest.mark.parametrize("first_used", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
+def test_tensors_are_read_at_each_use(backend, name, first_used):
+    """As by a loop that makes a transform once, while an optimiser moves its tensors."""
+    generator = torch.Generator().manual_seed(2)
+    image = torch.rand(1, 1, 4, 4, generator=generator)
+    links = [[t + 0.1 * torch.randn(1, *t.shape, generator=generator) for t in NUMBERS[n][0]()] for n in CHAINS[name]]
+    leaves = [t.requires_grad_() for link in links for t in link]
+
+    def make():
+        chain = [NUMBERS[n][1](*link) for n, link in zip(CHAINS[name], links, strict=True)]
+        return chain[0] if len(chain) == 1 else tri_stn.Compose(*chain)
+
+    with first_used():
+        transform = make()
+        tri_stn.warp(image, transform)
+    optimiser, seen = torch.optim.SGD(leaves, 0.1), []
+    for _ in range(2):
+        for _ in range(2):  # gradients of two images, added up
+            seen.append(tri_stn.warp(image, transform, padding_mode="border"))
+            seen[-1].square().sum().backward()
+        assert all(leaf.grad is not None and leaf.grad.any() for leaf in leaves)
+        optimiser.step()
+        optimiser.zero_grad()
+        with torch.no_grad():
+            seen.append(tri_stn.warp(image, transform, padding_mode="border"))
+            assert torch.equal(seen[-1], tri_stn.warp(image, make(), padding_mode="border"))
+    assert not torch.equal(seen[0], seen[2]) and not torch.equal(seen[2], seen[-1])
 
 
 @pytest.mark.parametrize(

@@ -204,15 +204,24 @@ def test_autograd_keeps_one_field_per_step(backend, dims, layout):
     assert theirs >= 2 * ours
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda flow: tri_stn.warp(torch.rand(1, 1, 4, 4), flow),
+        lambda flow: tri_stn.warp(torch.rand(1, 1, 4, 4, dtype=torch.complex64), flow, return_mask=True),
+        lambda flow: tri_stn.splat(torch.rand(1, 1, 4, 4, dtype=torch.complex64), flow, (5, 5), normalize=True),
+        lambda flow: tri_stn.warp(torch.rand(1, 1, 4, 4), tri_stn.Compose(tri_stn.Affine(torch.eye(2, 3)[None]), flow)),
+    ],
+    ids=["plain", "complex", "splat", "chain"],
+)
 @REFERENCE
-def test_integrates_once_and_when_asked(backend, monkeypatch):
+def test_integrates_once_a_call_and_when_asked(backend, use, monkeypatch):
     calls = []
     monkeypatch.setattr(tri_stn.diffeomorphic, "warp", lambda *a, **k: calls.append(1) or tri_stn.warp(*a, **k))
-    transform = tri_stn.Velocity(random_field((5, 4)), 3)
-    assert (transform.batch, transform.size, transform.dims, transform.inverse().steps) == ((1,), (5, 4), 2, 3)
+    flow = tri_stn.Velocity(torch.zeros(1, 4, 4, 2), 3)
+    assert (flow.batch, flow.size, flow.dims, flow.inverse().steps) == ((1,), (4, 4), 2, 3)
     assert not calls
-    for _ in range(2):
-        tri_stn.warp(torch.rand(1, 1, 5, 4), transform)
+    use(flow)
     assert len(calls) == 3
 
 
@@ -226,6 +235,15 @@ def test_compiles_to_one_graph(backend):
     torch.testing.assert_close(compiled(image, field), run(image, field))
 
 
+@REFERENCE
+@pytest.mark.parametrize("make", [tri_stn.Velocity, lambda field: tri_stn.Displacement(field).inverse()])
+def test_a_field_without_pixels_makes_an_output_without(backend, make):
+    """As a grid and a displacement do."""
+    field = torch.zeros(2, 0, 4, 2, requires_grad=True)
+    output = tri_stn.warp(torch.rand(2, 3, 5, 6), make(field))
+    assert output.shape == (2, 3, 0, 4) and torch.autograd.grad(output.sum(), field)[0].shape == field.shape
+
+
 FIELD = torch.zeros(1, 3, 4, 2)
 
 
@@ -235,6 +253,7 @@ FIELD = torch.zeros(1, 3, 4, 2)
         (lambda: tri_stn.Velocity(FIELD[0]), ValueError, r"Velocity takes field of shape .*got \(3, 4, 2\)"),
         (lambda: tri_stn.Velocity(FIELD.long()), TypeError, "Velocity takes field in a floating-point dtype"),
         (lambda: tri_stn.Velocity(FIELD, -1), ValueError, "steps must not be negative; got -1"),
+        (lambda: tri_stn.Velocity(FIELD, 2000), ValueError, "steps must be at most 100.*got 2000"),
         (lambda: tri_stn.Velocity(FIELD, True), TypeError, "steps must be an integer; got True"),
         (lambda: tri_stn.Velocity(FIELD, unit="voxel"), ValueError, "Velocity takes unit .*got 'voxel'"),
         (lambda: tri_stn.Velocity(FIELD, align_corners=None), TypeError, "must be True or False; got None"),

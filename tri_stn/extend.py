@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import ops, points
-from .checks import check_floating
-from .transforms import Transform, once
+from .checks import check_devices, check_floating
+from .transforms import Transform
 
 _LANES = 16
 _BUILT_IN = frozenset(points.LINKS)
@@ -110,12 +110,17 @@ class _Registered(Transform):
             object.__setattr__(self, name, value)
         if len(shapes) > 1:
             raise ValueError(f"{title} takes parameters of one batch, (N,) or (N, K); got {sorted(shapes)}.")
+        check_devices(title, **given)
         object.__setattr__(self, "batch", shapes.pop())
 
     batch = torch.Size()
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def _names(self) -> list[str]:
+        return list(self._lengths)
+
+    @property
+    def parameters(self) -> Tensor:
         values = [getattr(self, n) if length else getattr(self, n).unsqueeze(-1) for n, length in self._lengths.items()]
         wide = functools.reduce(torch.promote_types, (v.dtype for v in values))
         return torch.cat([v.to(wide) for v in values], -1)
@@ -127,10 +132,10 @@ def _check(
 ) -> None:  # fmt: skip
     """Run map and vjp on a few points, and compare with the twin and its derivatives in fp64."""
     map, map_vjp, reference = functions
-    generator = torch.Generator().manual_seed(0)
-    theta = 0.1 + 0.4 * torch.rand(len(labels), generator=generator) if example is None else torch.tensor(example)
-    place = 1.8 * torch.rand(dims, _LANES, generator=generator) - 0.9
-    grad = torch.rand(dims, _LANES, generator=generator) + 0.5
+    random = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0), device="cpu")
+    theta = 0.1 + 0.4 * random(len(labels)) if example is None else torch.tensor(example, device="cpu")
+    place = 1.8 * random(dims, _LANES) - 0.9
+    grad = random(dims, _LANES) + 0.5
     theta = theta.to(torch.float32)
     got = kernels.try_link(map, map_vjp, *(t.to(device) for t in (theta, place, grad))).cpu().double()
 

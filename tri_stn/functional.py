@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import autograd
+from .checks import axis_names, check_size
 from .lazy import LazyGrid, check_align_corners
 from .transforms import Grid, Transform
 
@@ -115,8 +116,8 @@ def warp(
     dims = transform.dims
     if input.dim() != dims + 2:
         raise ValueError(
-            f"A {dims}-D {type(transform).__name__} takes input of shape (N, C, {_axes(dims)}), {dims + 2} dimensions; "
-            f"got {tuple(input.shape)}."
+            f"A {dims}-D {type(transform).__name__} takes input of shape (N, C, {axis_names(dims)}), {dims + 2} "
+            f"dimensions; got {tuple(input.shape)}."
         )
     if 0 in input.shape[2:]:
         raise ValueError(f"input must have at least one pixel; got spatial size {tuple(input.shape[2:])}.")
@@ -135,28 +136,32 @@ def warp(
     if samples != 1:
         _check_axes(input.dtype, tuple(n * (samples or MOST_SAMPLES) for n in size))
     _check_projection(input, transform, size, project, samples, fills, return_mask)
-    if input.is_complex():
-        options: Any = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
-        options |= {"antialias": antialias, "supersample": supersample, "project": project}
-        real_fill, imag_fill = (0.0, 0.0) if fills is None else (fills.real, fills.imag)
-        imag = warp(input.imag, transform, size, fill=imag_fill, **options)
-        if not return_mask:
-            return torch.complex(warp(input.real, transform, size, fill=real_fill, **options), imag)
-        real, mask = warp(input.real, transform, size, fill=real_fill, return_mask=True, **options)
-        return torch.complex(real, imag), mask
-
     parameters, batch = _match_batch(input, parameters, transform.batch)
-    auxiliary = _match_auxiliary(input, transform)
     choices = transform.kind, mode, padding_mode, align_corners, samples
+    rest = parameters, _match_auxiliary(input, transform), size, project, batch, choices
+    if input.is_complex():
+        real_fill, imag_fill = (None, None) if fills is None else (fills.real, fills.imag)
+        real, mask = _sample(input.real, real_fill, return_mask, *rest)
+        output = torch.complex(real, _sample(input.imag, imag_fill, False, *rest)[0])
+    else:
+        output, mask = _sample(input, fills, return_mask, *rest)
+    return output if mask is None else (output, mask)
+
+
+def _sample(
+    input: Tensor, fill: Tensor | None, return_mask: bool, parameters: Tensor, auxiliary: Tensor | None,
+    size: tuple[int, ...], project: str | None, batch: tuple[int, ...], choices: tuple,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What `warp` returns, for a real image."""
     if project == "max":
         output = autograd.warp_largest(input, parameters, size, *choices)
-        return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
-    arguments = (input, parameters, auxiliary, fills, size, project or "", *choices)
+        return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output, None
+    arguments = (input, parameters, auxiliary, fill, size, project or "", *choices)
     if return_mask:
         output, mask = autograd.warp_with_mask(*arguments)
         return (output.unflatten(0, batch), mask.unflatten(0, batch)) if len(batch) == 2 else (output, mask)
     output = autograd.warp(*arguments)
-    return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output
+    return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output, None
 
 
 def splat(
@@ -195,7 +200,7 @@ def splat(
     parameters = _check_call("splat", input, transform, mode, padding_mode, align_corners)
     dims, maps = transform.dims, tuple(transform.batch[1:])
     if input.dim() != dims + 2 + len(maps) or maps not in ((), tuple(input.shape[1:2])):
-        shape = f"(N, {f'K = {maps[0]}, ' if maps else ''}C, {_axes(dims)})"
+        shape = f"(N, {f'K = {maps[0]}, ' if maps else ''}C, {axis_names(dims)})"
         raise ValueError(
             f"This {dims}-D {type(transform).__name__} takes input of shape {shape}; got {tuple(input.shape)}."
         )
@@ -210,26 +215,33 @@ def splat(
         )
     if normalize and mode == "bicubic":
         raise ValueError("normalize takes mode 'bilinear' or 'nearest': the weights of 'bicubic' have both signs.")
-    options: Any = {"mode": mode, "padding_mode": padding_mode, "align_corners": align_corners}
+    choices = transform.kind, mode, padding_mode, align_corners, 1
+    rest = parameters, transform.auxiliary, transform.batch, size, choices
+    if input.is_complex():
+        output = torch.complex(*(_add_up(part, *rest) for part in (input.real, input.imag)))
+    else:
+        output = _add_up(input, *rest)
     if normalize:
         wide = torch.promote_types(input.real.dtype, torch.float32)  # a count of many, which 16 bits would round
         ones = torch.ones((), dtype=wide, device=input.device).expand(1, *maps, 1, *input.shape[-dims:])
-        weight = splat(ones, transform, size, **options)
-        return (splat(input, transform, size, **options) / weight.where(weight > 0, 1)).to(input.dtype)
-    if input.is_complex():
-        return torch.complex(*(splat(part, transform, size, **options) for part in (input.real, input.imag)))
+        weight = _add_up(ones, *rest)
+        output = (output / weight.where(weight > 0, 1)).to(input.dtype)
+    return output
 
-    batch = _common_batch(len(input), transform.batch[0])
+
+def _add_up(
+    input: Tensor, parameters: Tensor, auxiliary: Tensor | None, maps: torch.Size, size: tuple[int, ...], choices: tuple
+) -> Tensor:
+    """What `splat` returns, for a real image and not normalised."""
+    batch = _common_batch(len(input), maps[0])
     parameters = parameters.expand(batch, *parameters.shape[1:])
     input = input.expand(batch, *input.shape[1:])
-    if maps:
+    if len(maps) == 2:
         input = input.flatten(0, 1)
     else:
         parameters = parameters.unsqueeze(1)
-    auxiliary = transform.auxiliary
-    if auxiliary is not None and not maps:
-        auxiliary = auxiliary.unsqueeze(1)
-    return autograd.splat(input, parameters, auxiliary, size, transform.kind, mode, padding_mode, align_corners, 1)
+        auxiliary = None if auxiliary is None else auxiliary.unsqueeze(1)
+    return autograd.splat(input, parameters, auxiliary, size, *choices)
 
 
 def grid_sample(
@@ -454,14 +466,13 @@ def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _check_size(size: Sequence[int], dims: int) -> tuple[int, ...]:
-    if not isinstance(size, Sequence) or not all(isinstance(s, (int, torch.SymInt)) for s in size):
-        raise TypeError(f"size must be a sequence of {dims} integers, ({_axes(dims)}); got {size!r}.")
+    size = check_size("size", size, dims)
     if len(size) != dims:
         hint = " Leave out the batch and channels." if len(size) == dims + 2 else ""
-        raise ValueError(f"size must be the output's ({_axes(dims)}); got {tuple(size)}.{hint}")
+        raise ValueError(f"size must be the output's ({axis_names(dims)}); got {size}.{hint}")
     if any(s < 0 for s in size):
-        raise ValueError(f"size must not be negative; got {tuple(size)}.")
-    return tuple(size)
+        raise ValueError(f"size must not be negative; got {size}.")
+    return size
 
 
 def _check_axes(dtype: torch.dtype, *sizes: Sequence[int]) -> None:
@@ -470,7 +481,3 @@ def _check_axes(dtype: torch.dtype, *sizes: Sequence[int]) -> None:
             f"An axis of more than 2 ** 24 pixels needs fp64, as fp32 cannot number its pixels; got sizes "
             f"{' and '.join(str(tuple(size)) for size in sizes)} in {dtype}. Convert the input with .double()."
         )
-
-
-def _axes(dims: int) -> str:
-    return ", ".join(("D", "H", "W")[-dims:])

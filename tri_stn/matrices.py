@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_floating
+from .checks import axis_names, check_floating, check_size
 
 Number = float | Tensor
 """A number for all maps, a 0-d tensor, or one number per map: a tensor (N,) or (N, K)."""
@@ -486,18 +486,13 @@ def _units(name: str, size: Sequence[int] | None, dims: int, align_corners: bool
         raise TypeError(f"align_corners must be True or False; got {align_corners!r}.")
     if size is None:
         return _Units([1.0] * dims, [0.0] * dims)
-    if not isinstance(size, Sequence) or not all(isinstance(n, (int, torch.SymInt)) for n in size):
-        raise TypeError(f"{name} must be a sequence of {dims} integers, ({_axes(dims)}); got {size!r}.")
+    size = check_size(name, size, dims)
     if len(size) != dims or any(n < 1 for n in size):
         raise ValueError(
-            f"{name} must be ({_axes(dims)}), at least one pixel each, for {dims}-D maps; got {tuple(size)}."
+            f"{name} must be ({axis_names(dims)}), at least one pixel each, for {dims}-D maps; got {size}."
         )
     pixels = list(reversed(size))
     return _Units([(n - align_corners) / 2 or 0.5 for n in pixels], [(n - 1) / 2 for n in pixels])
-
-
-def _axes(dims: int) -> str:
-    return ", ".join("DHW"[-dims:])
 
 
 def _check_matrix(name: str, matrix: object) -> int:
@@ -581,9 +576,9 @@ def _inverse(matrix: Tensor) -> Tensor:
     if n == 1:
         return 1 / matrix
     cofactors = [[(-1) ** (i + j) * _determinant(_minor(rows, i, j)) for j in range(n)] for i in range(n)]
-    determinant = sum(entry * cofactor for entry, cofactor in zip(rows[0], cofactors[0], strict=True))
+    terms = [entry * cofactor for entry, cofactor in zip(rows[0], cofactors[0], strict=True)]
     adjugate = torch.stack([torch.stack(row, -1) for row in cofactors], -1)  # transposed
-    return adjugate / torch.as_tensor(determinant)[..., None, None]
+    return adjugate / sum(terms[1:], start=terms[0])[..., None, None]
 
 
 def _determinant(rows: list[list[Tensor]]) -> Tensor:

@@ -69,7 +69,7 @@ def thin_plate(table: Table, v: Point) -> Point:
         targets = table.held[..., : 2 * knots].unflatten(-1, (-1, 2))
     square = sum((a.unsqueeze(-1) - t.unsqueeze(-2)) ** 2 for a, t in zip(v, targets.unbind(-1), strict=True))
     bend = square * torch.where(square > 0, square, 1).log()  # (M, K, P, knots)
-    return (points @ plane + bend @ weights).unbind(-1)
+    return (_times(points, plane) + _times(bend, weights)).unbind(-1)
 
 
 def free_form(table: Table, v: Point) -> Point:
@@ -78,7 +78,7 @@ def free_form(table: Table, v: Point) -> Point:
     lattice = table.numbers.unflatten(-1, (-1, dims))
     places = [((a + 1) * ((n - 3) / 2)).nan_to_num(nan=0).clamp(0, n - 3) for a, n in zip(v, sizes, strict=True)]
     cells = [s.detach().floor().clamp(max=n - 4).long() for s, n in zip(places, sizes, strict=True)]
-    moved = torch.zeros((), dtype=lattice.dtype)
+    moved = torch.zeros((), dtype=lattice.dtype, device=lattice.device)
     for taps in itertools.product(range(4), repeat=dims):
         at, step, weight = torch.zeros_like(cells[0]), 1, torch.ones_like(places[0])
         for s, i, tap, n in zip(places, cells, taps, sizes, strict=True):
@@ -106,8 +106,8 @@ def piecewise_affine(table: Table, v: Point) -> Point:
     """T triangles: a matrix (3, 3) from (x, y, 1) to barycentric coordinates, and the source points (3, 2)."""
     triangles = table.numbers.unflatten(-1, (-1, 15))
     held = None if table.held is None else table.held.unflatten(-1, (-1, 15))
-    x, y = (torch.full((), _FAR if table.held is None else 0.0, dtype=a.dtype) for a in v)
-    free = torch.ones((), dtype=torch.bool)
+    x, y = (torch.full((), _FAR if table.held is None else 0.0, dtype=a.dtype, device=a.device) for a in v)
+    free = torch.ones((), dtype=torch.bool, device=x.device)
     for t in range(table.sizes[0]):
         numbers = [n.unsqueeze(-1) for n in triangles[..., t, :].unbind(-1)]
         matrix = (numbers if held is None else [n.unsqueeze(-1) for n in held[..., t, :].unbind(-1)])[:9]
@@ -125,7 +125,12 @@ def linear_basis(table: Table, v: Point) -> Point:
     assert table.field is not None
     coefficients = table.numbers.unflatten(-1, (len(v), -1))
     basis = _read(table, table.index)
-    return torch.einsum("mkdb,mkpb->mkdp", coefficients, basis.expand(*coefficients.shape[:2], -1, -1)).unbind(2)
+    return _times(basis, coefficients.mT).unbind(-1)
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, with derivatives: in fp64, which keeps autocast and TF32 out of all of them."""
+    return (left.double() @ right.double()).to(right.dtype)
 
 
 def field(table: Table, v: Point) -> Point:
@@ -139,10 +144,10 @@ def field(table: Table, v: Point) -> Point:
         x = torch.where((x > 0) & (x < n - 1), x, x.detach().nan_to_num(nan=0).clamp(0, n - 1))
         below.append(x.detach().floor())
         shares.append(x - below[-1])
-    result = torch.zeros((), dtype=v[0].dtype)
+    result = torch.zeros((), dtype=v[0].dtype, device=v[0].device)
     for corner in itertools.product((0, 1), repeat=len(v)):
         index = [(b.long() + c).clamp(max=n - 1) for b, c, n in zip(below, corner, size, strict=True)]
-        weight = math.prod((s if c else 1 - s for s, c in zip(shares, corner, strict=True)), start=torch.ones(()))
+        weight = functools.reduce(torch.mul, (s if c else 1 - s for s, c in zip(shares, corner, strict=True)))
         result = result + weight.unsqueeze(-1) * _read(table, index)
     return result.unbind(-1)
 

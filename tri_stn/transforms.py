@@ -9,33 +9,19 @@ point of the output to the point of the input that is read there. Coordinates ar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from numbers import Real
 
 import torch
 import torch.utils.weak
 from torch import Tensor
 
 from . import matrices
-from .checks import check_floating
+from .checks import check_devices, check_floating
 
 
-def once(compute: Callable[[Any], Tensor]) -> Any:
-    """A property that is computed at its first use; functools' own takes a lock, which torch.compile refuses."""
-    name = f"_{compute.__name__}"
-
-    def get(self: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return compute(self)
-        if name not in self.__dict__:
-            self.__dict__[name] = compute(self)
-        return self.__dict__[name]
-
-    return property(get, doc=compute.__doc__)
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Transform:
     """What every transform offers the sampler."""
 
@@ -46,7 +32,11 @@ class Transform:
 
     @property
     def parameters(self) -> Tensor:
-        """All parameters in one tensor, (N, …) or (N, K, …)."""
+        """All parameters in one tensor, (N, …) or (N, K, …).
+
+        Made anew at each use, of the numbers as they are then and with a graph of its own: kept, it would be stale
+        after an optimiser's step, or without a gradient where it was first asked for under `torch.no_grad`.
+        """
         raise NotImplementedError
 
     @property
@@ -58,6 +48,22 @@ class Transform:
     def batch(self) -> torch.Size:
         """(N,), or (N, K) for K maps per image."""
         raise NotImplementedError
+
+    @property
+    def _names(self) -> list[str]:
+        """Those of what it is made of, a tensor first."""
+        return [field.name for field in fields(self)]
+
+    @property
+    def _device(self) -> torch.device:
+        """Of its tensors, all of them."""
+        return getattr(self, self._names[0]).device
+
+    def __repr__(self) -> str:
+        """With tensors' shapes: the numbers of a field would be pages of a traceback."""
+        values = ((name, getattr(self, name)) for name in self._names)
+        shown = (f"{name}={f'<{tuple(v.shape)}>' if isinstance(v, Tensor) else repr(v)}" for name, v in values)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def _numbers(self) -> Tensor:
@@ -96,7 +102,7 @@ class Transform:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Affine(Transform):
     """An affine map, with the same ``theta`` as `torch.nn.functional.affine_grid`.
 
@@ -169,7 +175,7 @@ class _AffineFamily(Transform):
         return self.translation.shape[-1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Attention(_AffineFamily):
     """A window: the paper's attention, which crops, translates and scales (Jaderberg et al. 2015, equation 2).
 
@@ -197,9 +203,10 @@ class Attention(_AffineFamily):
                 f"Attention takes scale of shape {tuple(self.batch)} or {tuple(self.translation.shape)} with this "
                 f"translation; got {tuple(scale.shape)}."
             )
+        check_devices("Attention", scale=scale, translation=self.translation)
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         linear = self._per_axis(self.scale).expand(self.translation.shape).diag_embed()
         return torch.cat([linear, self.translation.unsqueeze(-1).to(linear.dtype)], -1)
 
@@ -213,7 +220,7 @@ class Attention(_AffineFamily):
         return Attention(scale.to(self.scale.dtype), translation.to(self.translation.dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Similarity(_AffineFamily):
     """A rotation and one scale for both axes, in normalised coordinates: rigid on square images.
 
@@ -243,8 +250,9 @@ class Similarity(_AffineFamily):
                     f"Similarity takes translation (N, 2) or (N, K, 2), and {name} of shape (N,) or (N, K); got "
                     f"{tuple(self.translation.shape)} and {tuple(value.shape)}."
                 )
+        check_devices("Similarity", scale=self.scale, angle=self.angle, translation=self.translation)
 
-    @once
+    @property
     def parameters(self) -> Tensor:
         cos, sin = self.scale * self.angle.cos(), self.scale * self.angle.sin()
         x, y = self.translation.to(cos.dtype).unbind(-1)
@@ -259,7 +267,7 @@ class Similarity(_AffineFamily):
         return Similarity(scale.to(self.scale.dtype), -self.angle, translation.to(self.translation.dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Projective(Transform):
     """A projective map (homography): straight lines stay straight, parallels may meet.
 
@@ -311,7 +319,7 @@ class Projective(Transform):
         return Projective(matrices.invert(self.matrix))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Dense(Transform):
     """A map with d numbers for each output pixel: (N, *size, d) or (N, K, *size, d)."""
 
@@ -352,7 +360,7 @@ class _Dense(Transform):
         return self._given.shape[-self.dims - 1 : -1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Grid(_Dense):
     """An explicit grid, as `torch.nn.functional.grid_sample` takes it: where each output pixel looks.
 
@@ -376,7 +384,7 @@ class Grid(_Dense):
         return self.grid
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Displacement(_Dense):
     """The identity plus a displacement field: dense registration, optical flow.
 
@@ -448,7 +456,7 @@ class _PointPairs(Transform):
         return 2
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ThinPlateSpline(_PointPairs):
     """A thin-plate spline: the smoothest map that reads the output points ``target_points`` at ``source_points``.
 
@@ -458,10 +466,10 @@ class ThinPlateSpline(_PointPairs):
     Args:
         target_points: (K, 2), K >= 3, not all on one line, normalised, x first. No gradient.
         source_points: (N, K, 2), or (N, M, K, 2) for M maps per image. May require grad.
-        regularization: 0 to pass through the points; more, to bend less.
+        regularization: a number; 0 to pass through the points; more, to bend less.
 
     Raises:
-        TypeError: one of them is not a floating-point tensor.
+        TypeError: one of the points is not a floating-point tensor, or regularization not a number.
         ValueError: their shapes do not fit, or target_points requires grad.
 
     Source: Bookstein 1989; U(r) = r² log r².
@@ -474,16 +482,19 @@ class ThinPlateSpline(_PointPairs):
     def __post_init__(self) -> None:
         targets = _check_constant(self.target_points, "ThinPlateSpline", "target_points")
         sources = check_floating(self.source_points, "ThinPlateSpline", "source_points")
+        if not isinstance(self.regularization, (Real, torch.SymFloat)):
+            raise TypeError(f"ThinPlateSpline takes regularization as a number; got {self.regularization!r}.")
         if targets.dim() != 2 or targets.shape[1] != 2 or targets.shape[0] < 3:
             raise ValueError(f"ThinPlateSpline takes target_points (K, 2), K >= 3; got {tuple(targets.shape)}.")
         _check_points("ThinPlateSpline", targets, sources)
+        check_devices("ThinPlateSpline", target_points=targets, source_points=sources)
 
     @property
     def kind(self) -> str:
         return f"thin_plate[{self.target_points.shape[0]}]"
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         # fp64 also keeps autocast and TF32 out of the product.
         solved = _thin_plate_solution(self.target_points, self.regularization)
         bent = solved @ self.source_points.double()
@@ -496,10 +507,20 @@ _solutions = torch.utils.weak.WeakTensorKeyDictionary()
 
 def _thin_plate_solution(targets: Tensor, regularization: float) -> Tensor:
     """The matrix (K + 3, K) from source points to weights and an affine part (1, x, y)."""
+    if torch.compiler.is_compiling() or targets.is_inference():  # these do not say whether they changed
+        return _solve_thin_plate(targets, regularization)
     key = targets._version, regularization
-    kept = None if torch.compiler.is_compiling() else _solutions.get(targets)
+    kept = _solutions.get(targets)
     if kept is not None and kept[0] == key:
         return kept[1]
+    with torch.inference_mode(False):  # another call's backward pass may save it
+        solution = _solve_thin_plate(targets, regularization)
+    if type(solution) is Tensor:  # not a mode's stand-in for it
+        _solutions[targets] = (key, solution)
+    return solution
+
+
+def _solve_thin_plate(targets: Tensor, regularization: float) -> Tensor:
     points = targets.detach().double()
     count = len(points)
     square = (points.unsqueeze(0) - points.unsqueeze(1)).square().sum(-1)
@@ -508,13 +529,10 @@ def _thin_plate_solution(targets: Tensor, regularization: float) -> Tensor:
     plane = torch.cat([torch.ones_like(points[:, :1]), points], 1)
     system = torch.cat([bending + regularization * identity, plane], 1)
     below = torch.cat([plane.T, plane.new_zeros(3, 3)], 1)
-    solution = torch.linalg.inv_ex(torch.cat([system, below]))[0][:, :count]  # without waiting for the device
-    if not torch.compiler.is_compiling():
-        _solutions[targets] = (key, solution)
-    return solution
+    return torch.linalg.inv_ex(torch.cat([system, below]))[0][:, :count]  # without waiting for the device
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FreeForm(Transform):
     """A free-form deformation: the identity plus a uniform cubic B-spline of displacements.
 
@@ -562,7 +580,7 @@ class FreeForm(Transform):
         return self.lattice.shape[-1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PiecewiseAffine(_PointPairs):
     """An affine map of its own on each triangle of a mesh; outside every triangle, out of bounds.
 
@@ -571,7 +589,8 @@ class PiecewiseAffine(_PointPairs):
 
     Args:
         target_points: (K, 2), normalised, x first. No gradient.
-        triangles: (T, 3), integers: the corners of each triangle, in any order.
+        triangles: (T, 3), integers: the corners of each triangle, in any order. An index of none of the K points is
+            an IndexError on the CPU, at the first use; on CUDA a failed assertion, after which no kernel runs.
         source_points: (N, K, 2), or (N, M, K, 2) for M maps per image. May require grad.
 
     Raises:
@@ -594,13 +613,14 @@ class PiecewiseAffine(_PointPairs):
                 f"{tuple(targets.shape)} and {tuple(self.triangles.shape)}."
             )
         _check_points("PiecewiseAffine", targets, sources)
+        check_devices("PiecewiseAffine", target_points=targets, triangles=self.triangles, source_points=sources)
 
     @property
     def kind(self) -> str:
         return f"piecewise_affine[{self.triangles.shape[0]}]"
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         corners = self.target_points.detach().double()[self.triangles]  # (T, 3, 2)
         columns = torch.cat([corners, torch.ones_like(corners[..., :1])], -1).mT
         shares = torch.linalg.inv_ex(columns)[0].flatten(-2)  # (T, 9); a flat triangle holds no point
@@ -608,7 +628,7 @@ class PiecewiseAffine(_PointPairs):
         return torch.cat([shares.expand(*self.batch, -1, 9), sources], -1).flatten(-2)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearBasis(Transform):
     """The paper's general class T = M_θ B: for an output pixel p, ``x_k(p) = Σ_b coefficients[k, b] basis[b, p]``.
 
@@ -635,6 +655,7 @@ class LinearBasis(Transform):
                 "LinearBasis takes coefficients (N, d, B) or (N, K, d, B) and a basis (B, *size) of d dimensions; got "
                 f"{tuple(coefficients.shape)} and {tuple(basis.shape)}."
             )
+        check_devices("LinearBasis", coefficients=coefficients, basis=basis)
 
     @property
     def kind(self) -> str:
@@ -686,23 +707,24 @@ class Compose(Transform):
                 raise TypeError(f"Compose takes transforms such as tri_stn.Affine(theta); got {type(t).__name__}.")
         if len({t.dims for t in transforms}) > 1:
             raise ValueError(f"Compose takes maps of the same dimensions; got {[t.dims for t in transforms]}.")
-        parts: list[Transform] = []
-        for t in transforms:
-            for part in t.transforms if isinstance(t, Compose) else (t,):
-                before = parts[-1] if parts else None
-                if part.kind in _MATRICES and before is not None and before.kind in _MATRICES:
-                    parts[-1] = _one_matrix(before, part)
-                else:
-                    parts.append(part)
-        fields = [t for t in parts if t._field is not None]
+        if any(t._device != transforms[0]._device for t in transforms):
+            devices = [f"{type(t).__name__} on {t._device}" for t in transforms]
+            raise ValueError(f"Compose takes maps on one device; got {', '.join(devices)}. Move one with .to().")
+        parts = _parts(transforms)
+        fields = [t for t in parts if _has_field(t)]
         if len(fields) > 1:
             raise ValueError(
                 f"Compose takes one field; got {' and '.join(type(t).__name__ for t in fields)}. Join them first: the "
                 "displacement of f, then g is f + warp(g, Displacement(f)), with fields as images."
             )
+        empty = [t for t in parts[1:] if isinstance(t, _Dense) and 0 in t.size]
+        if empty:
+            raise ValueError(
+                f"A field that is read in a Compose has at least one pixel; got a {type(empty[0]).__name__} of size "
+                f"{tuple(empty[0].size)}."
+            )
         if any(isinstance(t, LinearBasis) for t in parts[1:]):
             raise ValueError("A LinearBasis has its numbers at output pixels: it has to be the first of a Compose.")
-        object.__setattr__(self, "transforms", tuple(parts))
         ranks = max(len(t.batch) for t in parts)
         shapes = [(*t.batch, *(1,) * (ranks - len(t.batch))) for t in parts]
         try:
@@ -712,9 +734,10 @@ class Compose(Transform):
                 f"Compose takes maps with the same batch (N,) or (N, K), or 1; got {[tuple(t.batch) for t in parts]}."
             ) from None
         object.__setattr__(self, "_batch", torch.Size(batch))
+        object.__setattr__(self, "transforms", tuple(parts if _are_matrices(parts) else _joined(parts)))
 
     transforms: tuple[Transform, ...]
-    """The maps, neighbouring matrices joined."""
+    """The maps; among others, neighbouring matrices are a `Compose` of their own, which is one matrix."""
     _batch: torch.Size
 
     def __repr__(self) -> str:
@@ -722,12 +745,17 @@ class Compose(Transform):
 
     @property
     def kind(self) -> str:
-        return "+".join(t.kind for t in self.transforms)
+        kinds = [t.kind for t in self.transforms]
+        if _are_matrices(self.transforms):
+            return "projective" if "projective" in kinds else "affine"
+        return "+".join(kinds)
 
-    @once
-    def parameters(self) -> Tensor:  # type: ignore[override]
+    @property
+    def parameters(self) -> Tensor:
         if len(self.transforms) == 1:
             return self.transforms[0].parameters
+        if _are_matrices(self.transforms):
+            return matrices.compose(*(t.parameters for t in self.transforms))
         numbers = [self._spread(t, t._numbers) for t in self.transforms]
         wide = functools.reduce(torch.promote_types, (n.dtype for n in numbers))
         return torch.cat([n.expand(*self.batch, -1).to(wide) for n in numbers], -1)
@@ -736,8 +764,10 @@ class Compose(Transform):
     def auxiliary(self) -> Tensor | None:
         if len(self.transforms) == 1:
             return self.transforms[0].auxiliary
-        found = [self._spread(t, t._field) for t in self.transforms if t._field is not None]
-        return found[0] if found else None
+        for t in self.transforms:
+            if _has_field(t) and (field := t._field) is not None:
+                return self._spread(t, field)
+        return None
 
     def _spread(self, transform: Transform, tensor: Tensor) -> Tensor:
         """A part's tensor with the axes of the whole chain's batch."""
@@ -746,6 +776,10 @@ class Compose(Transform):
     @property
     def batch(self) -> torch.Size:
         return self._batch
+
+    @property
+    def _device(self) -> torch.device:
+        return self.transforms[0]._device
 
     @property
     def dims(self) -> int:
@@ -767,13 +801,29 @@ class Compose(Transform):
 _MATRICES = ("affine", "projective")
 
 
-def _one_matrix(first: Transform, second: Transform) -> Transform:
-    """Neighbours in a chain, joined."""
-    one, two = first.parameters, second.parameters
-    if one.dim() != two.dim():
-        one, two = (m.unsqueeze(1) if m.dim() == 3 else m for m in (one, two))
-    joined = matrices.compose(one, two)
-    return Affine(joined) if joined.shape[-2] != joined.shape[-1] else Projective(joined)
+def _are_matrices(transforms: Sequence[Transform]) -> bool:
+    return all(t.kind in _MATRICES for t in transforms)
+
+
+def _parts(transforms: Sequence[Transform]) -> list[Transform]:
+    """The maps of a chain, one by one."""
+    return [part for t in transforms for part in (_parts(t.transforms) if isinstance(t, Compose) else [t])]
+
+
+def _joined(parts: Sequence[Transform]) -> list[Transform]:
+    """Neighbouring matrices as one map."""
+    joined: list[Transform] = []
+    for t in parts:
+        if joined and _are_matrices([joined[-1], t]):
+            joined[-1] = Compose(joined[-1], t)
+        else:
+            joined.append(t)
+    return joined
+
+
+def _has_field(transform: Transform) -> bool:
+    """Whether it reads a field as a link of a chain, which takes a while to make for some."""
+    return isinstance(transform, (_Dense, LinearBasis))
 
 
 def _check_constant(tensor: object, name: str, argument: str) -> Tensor:
@@ -789,8 +839,6 @@ def _check_points(name: str, targets: Tensor, sources: Tensor) -> None:
             f"{name} takes source_points (N, {len(targets)}, 2) or (N, M, {len(targets)}, 2) with these "
             f"target_points; got {tuple(sources.shape)}."
         )
-    if sources.device != targets.device:
-        raise ValueError(f"{name} takes its points on one device; got {targets.device} and {sources.device}.")
 
 
 def _check_unit(name: str, unit: object) -> None:
