@@ -99,9 +99,10 @@ def scatter_kernel(
     held = load_once(
         numbers, parameters_strides, output_size, input_size, units, LOAD, ONCE, ALIGN_CORNERS, COMPUTE, INDEX
     )
-    tile = program
-    p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)
-    for _turn in range(tl.cdiv(tiles - program, programs) if LOOP else 1):
+    for turn in range(tl.cdiv(tiles - program, programs) if LOOP else 1):
+        # Not carried from turn to turn: Triton 3.6 would look for folded samples in the first tile alone.
+        tile = program + turn * programs
+        p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)
         per_axis = SUPERSAMPLE
         if SUPERSAMPLE == 0:
             per_axis = samples_per_axis(
@@ -155,16 +156,13 @@ def scatter_kernel(
                         gradients_ptr, change, gradients_strides[2:], numbers, links, map_chain(chain, numbers, n, k),
                         place, mask, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX,
                     )  # fmt: skip
-        if LOOP:
-            tile += programs
-            p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)
 
     if MEASURE:
         tl.atomic_max(scale_ptr + n, tl.max(largest))
     if NEED_PARAMETERS and SUMS:
         LOAD_VJP(
             gradients_ptr, gradients, gradients_strides[2:], numbers, links, chain,
-            p, mask, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX,
+            None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX,
         )  # fmt: skip
 
 
