@@ -302,7 +302,11 @@ def _traffic(arguments: argparse.Namespace) -> int:
         return _refuse(f"--tile is for images; {volumes[0]} is of volumes, whose tiles are as they are.")
     print("Counted, not measured: no time follows from these numbers.")
     for workload in chosen:
-        rows = [row for block in arguments.tile or [None] for row in traffic.count(workload, block, arguments.programs)]
+        blocks = arguments.tile or [None]
+        try:
+            rows = [row for block in blocks for row in traffic.count(workload, block, arguments.programs)]
+        except NotImplementedError as instruction:
+            return _refuse(f"{workload} needs an instruction that is not emulated: {instruction}.")
         print(f"\n{workload}\n")
         print((markdown if arguments.markdown else table)(traffic.HEADERS, map(traffic.cells, rows)))
     return 0

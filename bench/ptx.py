@@ -57,7 +57,7 @@ class Program:
         head, body = text.split(".visible .entry", 1)[1].split("\n{", 1)
         body = body.split("\n}", 1)[0]
         self.parameters = {name: kind for kind, name in re.findall(r"\.param \.(\w+)[^,)]*?(\w+_param_\d+)", head)}
-        self.threads = int(_match(r".*\.reqntid (\d+)", head)[0])
+        self.threads = int(re.findall(r"\.reqntid (\d+)", head)[0])
         tables = re.findall(r"\.global \.align \d+ \.b8 (\w+)\[\d+\] = \{([^}]*)\}", text)
         self.tables = {name: np.array([int(byte, 0) for byte in table.split(",")], U1) for name, table in tables}
         self.constants: list[Array] = []
@@ -269,7 +269,7 @@ class Program:
 
 
 def _match(pattern: str, text: str) -> tuple[Any, ...]:
-    found = re.match(f"(?:{pattern})$" if not pattern.startswith(".*") else pattern, text, re.DOTALL)
+    found = re.fullmatch(pattern, text, re.DOTALL)
     if found is None:
         raise ValueError(text)
     return found.groups()

@@ -108,9 +108,10 @@ class Count(Watch):
 
 
 def _tile(constants: dict[str, Any]) -> str:
-    channels = f"c{constants['BLOCK_C']}" if constants["BLOCK_C"] > 1 else f"u{constants['UNROLL']}"
-    several = f" ×{constants['TILES']}" if constants.get("TILES", 1) > 1 else ""
-    return f"{'x'.join(map(str, constants['BLOCK']))} {channels}{several}"
+    """Pixels, channels beside each other, blocks of them, and tiles of a program: 8x4 c16 u4, 16x8 u3 ×8."""
+    beside, blocks, tiles = (constants.get(name, 1) for name in ("BLOCK_C", "UNROLL", "TILES"))
+    channels = f" c{beside}" * (beside > 1) + f" u{blocks}" * (blocks > 1 or beside == 1)
+    return "x".join(map(str, constants["BLOCK"])) + channels + f" ×{tiles}" * (tiles > 1)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,9 @@ _SIDE_BY_SIDE = 4 * _THREAD
 """Bytes of a pixel's channels in one block, two sectors. Each thread computes its pixel's coordinates, so few share a
 pixel, and they hold several such blocks. In NCHW no channels lie in one block: Triton would put a warp's threads on
 them, or repeat the coordinates in every warp, as its version happens to break ties."""
+_FEW = 4
+"""Channels in channels_last that are taken one by one, as in NCHW: side by side, each thread would compute the
+coordinates of four pixels. Their stores reach L2 in three or four parts, but in half the instructions."""
 _LONGEST = 128
 
 
@@ -117,6 +120,7 @@ def gather_tile(
     """The tile of a program that owns output pixels and walks over channels; `size` is the output's, y before x.
     `tangent` is of derivatives, `of_volumes` of images with a depth, which a projection's output lacks.
     """
+    channels_last = channels_last and channels > _FEW
     most = (64 if taps <= 2 else 8 if tangent else 32) if channels_last else (4 if taps <= 2 else 1)
     cap = 128 if not tangent else 255 if of_volumes else 168 if taps > 2 and channels_last else 128
     return _tile(size, channels, channels_last, dtype, taps, most, per_program=256 if channels_last else 64, cap=cap)
@@ -137,6 +141,7 @@ def scatter_tile(
     `all_channels` gives each program all of them, where it is the one writer of its pixels' gradients;
     `fixed` is for sums in 64-bit integers.
     """
+    channels_last = channels_last and channels > _FEW
     per_program = _power_of_two(channels) if all_channels else 64
     most = (32 if taps <= 2 else 8 if tangent else 16) if channels_last else (4 if taps <= 2 else 1)
     cap = 168 if taps <= 2 and len(size) <= 2 and not fixed else 255
@@ -159,6 +164,7 @@ def walk_tile(
     """The tile of a program that owns input pixels, of an input of this size, and one block of channels; `folds` as
     its padding does; with `several` maps of an image it holds their sums from one to the next, with a `fill` that.
     """
+    channels_last = channels_last and channels > _FEW
     most = 8 if not channels_last else 64 if taps <= 2 else 32
     more = several and channels > 4 and not channels_last
     steps = max(folds, (taps > 2 or len(size) > 2) + (tangent or more))

@@ -115,7 +115,7 @@ def test_blocks_of_eight_warps_match_torch(backend, larger_blocks, kind, padding
     check(case, backend)
 
 
-SIDE_BY_SIDE = [(n, "channels_last", torch.float32) for n in (8, 16, 20, 48, 96)]
+SIDE_BY_SIDE = [(n, "channels_last", torch.float32) for n in (3, 4, 8, 16, 20, 48, 96)]
 SIDE_BY_SIDE += [(n, "channels_last", torch.bfloat16) for n in (16, 48, 64, 160)] + [
     (24, "channels_last", torch.float64)
 ]
@@ -138,7 +138,8 @@ def test_any_number_of_channels(backend, kind, channels, arrangement, dtype):
     [
         (64, torch.float32, (16, 4, 32)), (96, torch.float32, (16, 3, 32)), (16, torch.float32, (16, 1, 32)),
         (64, torch.bfloat16, (32, 2, 32)), (16, torch.bfloat16, (16, 1, 64)), (8, torch.bfloat16, (8, 1, 32)),
-        (64, torch.float64, (8, 2, 32)), (3, torch.float32, (4, 1, 128)), (20, torch.float32, (16, 2, 32)),
+        (64, torch.float64, (8, 2, 32)), (20, torch.float32, (16, 2, 32)), (6, torch.float32, (8, 1, 32)),
+        (3, torch.float32, (1, 3, 128)), (4, torch.bfloat16, (1, 4, 128)),
     ],
 )  # fmt: skip
 def test_threads_share_a_pixel_by_two_sectors(channels, dtype, expected):
