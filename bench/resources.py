@@ -345,7 +345,16 @@ def launched_by(start: Callable[..., None], arch: str = "sm_90") -> Iterator[Non
         mock.patch.object(driver, "_active", Driver(arch)),
         mock.patch.object(CompiledKernel, "run", property(run)),
         mock.patch.object(CompiledKernel, "_init_handles", lambda _: None),
+        _without_advice(),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Of Triton 3.9 about a default of 3.10, at every first compilation."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
         yield
 
 
@@ -383,8 +392,7 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
     driver.set_active(Driver(arch))
     torch.version.hip = "as on ROCm" if ARCHITECTURES[arch][0] == "hip" else None  # launchers ask it for the vendor
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        with _without_advice():
             yield found
     finally:
         kernels.launch.forget()
