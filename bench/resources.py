@@ -363,13 +363,18 @@ def kernels_on_the_cpu() -> Iterator[None]:
     """Tensors on the CPU take the kernels' road; with `launched_by`, to its end."""
     from tri_stn import ops
 
-    kernels = ops.kernels()
-    with mock.patch.object(ops, "_takes_kernels", lambda _: True):
+    with mock.patch.object(ops, "_takes_kernels", lambda _: True), _nothing_remembered(ops.kernels()):
+        yield
+
+
+@contextlib.contextmanager
+def _nothing_remembered(kernels: Any) -> Iterator[None]:
+    """Launches are worked out inside for what is patched there, and afterwards anew."""
+    kernels.launch.forget()
+    try:
+        yield
+    finally:
         kernels.launch.forget()
-        try:
-            yield
-        finally:
-            kernels.launch.forget()
 
 
 @contextlib.contextmanager
@@ -381,24 +386,21 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
     from tri_stn import kernels  # type: ignore[attr-defined]  # mapped there by setuptools
 
     found: list = []
-    run, active, hip = JITFunction.run, driver._active, torch.version.hip
+    run = JITFunction.run
+    vendor = "as on ROCm" if ARCHITECTURES[arch][0] == "hip" else None  # launchers ask torch for it, and remember
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         if self.__name__ == name:  # a launcher's other kernel is another case, perhaps in another process by now
             found.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
-    JITFunction.run = compile_only  # type: ignore[method-assign]
-    kernels.launch.forget()  # what launchers remember is of one vendor
-    driver.set_active(Driver(arch))
-    torch.version.hip = "as on ROCm" if ARCHITECTURES[arch][0] == "hip" else None  # launchers ask it for the vendor
-    try:
-        with _without_advice():
-            yield found
-    finally:
-        kernels.launch.forget()
-        JITFunction.run = run  # type: ignore[method-assign]
-        driver._active = active
-        torch.version.hip = hip
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(driver, "_active", Driver(arch)),
+        mock.patch.object(torch.version, "hip", vendor),
+        _nothing_remembered(kernels),
+        _without_advice(),
+    ):
+        yield found
 
 
 def _nvidia_tool(name: str, *arguments: str) -> str:

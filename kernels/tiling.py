@@ -162,7 +162,7 @@ def walk_tile(
     fill: bool = False,
 ) -> Tile:
     """The tile of a program that owns input pixels, of an input of this size, and one block of channels; `folds` as
-    its padding does; with `several` maps of an image it holds their sums from one to the next, with a `fill` that.
+    its padding does; with `several` maps of an image it holds their sums from one to the next, with a `fill` that too.
     """
     channels_last = channels_last and channels > _FEW
     most = 8 if not channels_last else 64 if taps <= 2 else 32

@@ -153,15 +153,18 @@ def _sample(
     size: tuple[int, ...], project: str | None, batch: tuple[int, ...], choices: tuple,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """What `warp` returns, for a real image."""
+    arguments = (input, parameters, auxiliary, fill, size, project or "", *choices)
+    mask = None
     if project == "max":
         output = autograd.warp_largest(input, parameters, size, *choices)
-        return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output, None
-    arguments = (input, parameters, auxiliary, fill, size, project or "", *choices)
-    if return_mask:
+    elif return_mask:
         output, mask = autograd.warp_with_mask(*arguments)
-        return (output.unflatten(0, batch), mask.unflatten(0, batch)) if len(batch) == 2 else (output, mask)
-    output = autograd.warp(*arguments)
-    return output.view(*batch, *output.shape[1:]) if len(batch) == 2 else output, None
+    else:
+        output = autograd.warp(*arguments)
+    if len(batch) == 2:
+        output = output.view(*batch, *output.shape[1:])
+        mask = None if mask is None else mask.view(*batch, *mask.shape[1:])
+    return output, mask
 
 
 def splat(

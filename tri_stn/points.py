@@ -69,7 +69,7 @@ def thin_plate(table: Table, v: Point) -> Point:
         targets = table.held[..., : 2 * knots].unflatten(-1, (-1, 2))
     square = sum((a.unsqueeze(-1) - t.unsqueeze(-2)) ** 2 for a, t in zip(v, targets.unbind(-1), strict=True))
     bend = square * torch.where(square > 0, square, 1).log()  # (M, K, P, knots)
-    return (_times(points, plane) + _times(bend, weights)).unbind(-1)
+    return (times(points, plane) + times(bend, weights)).unbind(-1)
 
 
 def free_form(table: Table, v: Point) -> Point:
@@ -125,10 +125,10 @@ def linear_basis(table: Table, v: Point) -> Point:
     assert table.field is not None
     coefficients = table.numbers.unflatten(-1, (len(v), -1))
     basis = _read(table, table.index)
-    return _times(basis, coefficients.mT).unbind(-1)
+    return times(basis, coefficients.mT).unbind(-1)
 
 
-def _times(left: Tensor, right: Tensor) -> Tensor:
+def times(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, with derivatives: in fp64, which keeps autocast and TF32 out of all of them."""
     return (left.double() @ right.double()).to(right.dtype)
 

@@ -176,7 +176,7 @@ def _rows(matrix: Tensor, pixels: _Pixels) -> list[Tensor]:
 
 def _rows_vjp(grad: list[Tensor], pixels: _Pixels) -> Tensor:
     basis = torch.stack([*pixels.u, torch.ones_like(pixels.u[0])], -2)  # (d+1, P)
-    return (torch.stack(grad, -2).double() @ basis.mT.double()).to(basis.dtype)  # fp64 keeps autocast out
+    return points.times(torch.stack(grad, -2), basis.mT)
 
 
 def _affine_scale(like: Tensor, input_size: Sequence[int], size: Sequence[int], align_corners: bool) -> Tensor:
