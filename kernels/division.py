@@ -23,6 +23,6 @@ def divisor(d):
 @triton.jit
 def quotient(n, divisor):
     """n // d for 0 <= n < 2^31, a number or a block of them."""
-    n = n.to(tl.uint32)
+    n = tl.cast(n, tl.uint32)
     high = tl.umulhi(n, (divisor >> 32).to(tl.uint32))
     return ((high + n) >> ((divisor.to(tl.uint32) & 63) >> 1)).to(tl.int32)

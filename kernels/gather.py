@@ -76,8 +76,8 @@ def gather_kernel(
         numbers, parameters_strides, output_size, input_size, units, LOAD, ONCE, ALIGN_CORNERS, COMPUTE, INDEX
     )
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
-    for turn in range(TILES):
-        p, mask = tile_index(first_tile + turn, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)
+    for tile in range(first_tile, first_tile + TILES):
+        p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)
 
         if SINGLE:
             x, t, taps, covered = _aim(
@@ -88,7 +88,13 @@ def gather_kernel(
                 TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
             )  # fmt: skip
 
-        for first in range(start, tl.minimum(start + CHANNELS_PER_PROGRAM, channels), UNROLL * BLOCK_C):
+        for first in range(
+            start,
+            tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
+            if CHANNELS_PER_PROGRAM > UNROLL * BLOCK_C
+            else start + 1,
+            UNROLL * BLOCK_C,
+        ):
             outputs = tuples.zeros(UNROLL, (lanes(BLOCK), BLOCK_C), COMPUTE)
             largest = outputs
             indices = outputs
@@ -136,8 +142,10 @@ def gather_kernel(
                                 WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, ORDER,
                             )  # fmt: skip
                             for corner_id in tl.static_range(TAPS**AXES):
-                                weights, slopes, _, where, inside, _ = corner(taps + last_taps, corner_id, TAPS, ORDER)
-                                readable = block_mask(inside & wanted, c, channels, WHOLE)
+                                weights, slopes, _, where, inside, _ = corner(
+                                    taps + last_taps, corner_id, wanted, TAPS, ORDER
+                                )
+                                readable = block_mask(inside, c, channels, WHOLE)
                                 weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
                                 if SUPERSAMPLE != 1:
                                     weight *= share

@@ -170,9 +170,9 @@ def _tap(corner_id, axis, taps):
 
 
 @triton.jit
-def corner(taps, corner_id: tl.constexpr, TAPS: tl.constexpr, ORDER: tl.constexpr):
-    """One of the TAPS ** dims pixels: along each axis its weight and ORDER derivatives; where it lies; if
-    inside, if unfolded.
+def corner(taps, corner_id: tl.constexpr, wanted, TAPS: tl.constexpr, ORDER: tl.constexpr):
+    """One of the TAPS ** dims pixels: along each axis its weight and ORDER derivatives; where it lies; of the samples
+    that are wanted, whether it is inside, and whether it is so unfolded.
 
     Where: an index, and how many pixels beyond it. That is the same index for all corners unless padding has moved
     each by itself, so that they share an address.
@@ -182,8 +182,11 @@ def corner(taps, corner_id: tl.constexpr, TAPS: tl.constexpr, ORDER: tl.constexp
     curvatures = ()
     index = ()
     beyond = ()
-    inside = taps[0][4][_tap(corner_id, 0, TAPS)]
-    direct = taps[0][5][_tap(corner_id, 0, TAPS)]
+    inside = wanted
+    direct = wanted
+    for axis in tl.static_range(len(taps) - 1, -1, -1):
+        inside = inside & taps[axis][4][_tap(corner_id, axis, TAPS)]
+        direct = direct & taps[axis][5][_tap(corner_id, axis, TAPS)]
     for axis in tl.static_range(len(taps)):
         weights = weights + (taps[axis][0][_tap(corner_id, axis, TAPS)],)
         if ORDER >= 1:
@@ -192,8 +195,6 @@ def corner(taps, corner_id: tl.constexpr, TAPS: tl.constexpr, ORDER: tl.constexp
             curvatures = curvatures + (taps[axis][2][_tap(corner_id, axis, TAPS)],)
         index = index + (taps[axis][3][0 if TAPS <= 2 else _tap(corner_id, axis, TAPS)],)
         beyond = beyond + (_tap(corner_id, axis, TAPS) if TAPS <= 2 else 0,)
-        inside = inside & taps[axis][4][_tap(corner_id, axis, TAPS)]
-        direct = direct & taps[axis][5][_tap(corner_id, axis, TAPS)]
     return weights, slopes, curvatures, (index, beyond), inside, direct
 
 
