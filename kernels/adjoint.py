@@ -142,7 +142,7 @@ def _plan(
     motions = parameters, parameters_tangent or parameters
     transform = stages.transform(kind)
     dense, folds = transform.dense, stages.PADDINGS[padding_mode].folds
-    walks = need_input and transform.rows is not None
+    walks = need_input and transform.box is not None
     scatters = folds or not walks
     batch, maps = grad_output.shape[0] // parameters.shape[1], parameters.shape[1]
     if need_input or grad_parameters is not None:

@@ -28,8 +28,9 @@ class Transform:
     map_vjp_jvp: Any = None
     """None for a map that is linear in its coefficients."""
     bounds: Any = None
-    rows: Any = None
+    box: Any = None
     columns: Any = None
+    meets: Any = None
     """None for a map without bounds for a walk."""
     shrink: Any = None
     """None for a map that shrinks more here than there."""
@@ -62,8 +63,9 @@ TRANSFORMS = {
         transforms.affine_jvp,
         transforms.affine_vjp,
         bounds=transforms.affine_bounds,
-        rows=transforms.affine_rows,
+        box=transforms.affine_box,
         columns=transforms.affine_columns,
+        meets=transforms.affine_meets,
         shrink=transforms.affine_shrink,
         refine=transforms.affine_refine,
     ),
@@ -218,8 +220,9 @@ def walk(kind: str, mode: str, padding_mode: str) -> dict[str, Any]:
         del named[name]
     return named | {
         "BOUNDS": transform(kind).bounds,
-        "ROWS": transform(kind).rows,
+        "BOX": transform(kind).box,
         "COLUMNS": transform(kind).columns,
+        "MEETS": transform(kind).meets,
         "REFINE": transform(kind).refine,
         "FOLDS": PADDINGS[padding_mode].folds,
     }

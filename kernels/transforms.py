@@ -12,12 +12,13 @@ A transform is these device functions:
     map_vjp_jvp(coefficients, t, u, g)  what map_vjp changes by, with g held, where the coefficients move by
                                 t; none for a map that is linear in them
     bounds(coefficients, …)     what these two take, once per map:
-    rows / columns(…)           the output pixels that can touch a given input pixel
+    box / columns(…)            the output pixels that can touch a given input pixel
+    meets(coefficients, …)      whether the output can touch any pixel of a box of the input
     shrink(coefficients)        samples along each axis that leave no source pixel out, where it is the same
                                 everywhere; elsewhere differences of the map tell
     refine(coefficients, n)     the coefficients for an output of n pixels, along each axis, for one
 
-Axes are x first. ``rows`` bounds the preimage along every axis but x; ``columns`` bounds it along x
+Axes are x first. ``box`` bounds the preimage along every axis by itself; ``columns`` bounds it along x
 for a given row. The bounds may be too wide, never too narrow: each candidate is then tested by the
 forward's own expression. A dense map has no such bounds: its adjoint scatters.
 """
@@ -72,11 +73,11 @@ def affine_vjp(coefficients, u, g):
 
 @triton.jit
 def affine_bounds(coefficients, input_size, output_size, RADIUS: tl.constexpr):
-    """Whether a map is finite, so that it lands anywhere; what `rows` and `columns` take of it: divisions, once for all
-    pixels; and how many columns a row's candidates of a pixel span at most, 0 where that must be asked of the
-    pixels themselves.
+    """Whether a map is finite, so that it lands anywhere; what `box` and `columns` take of it: divisions, once for all
+    pixels; how many columns a row's candidates of a pixel span at most, 0 where that must be asked of the
+    pixels themselves; and whether its box has no more, so that rows need not be asked.
 
-    Rows are conditioned by the determinant; where it vanishes, their bounds become infinite or NaN, and clamping makes
+    A box is conditioned by the determinant; where it vanishes, their bounds become infinite or NaN, and clamping makes
     them the whole axis.
     """
     dims: tl.constexpr = len(input_size)
@@ -91,7 +92,7 @@ def affine_bounds(coefficients, input_size, output_size, RADIUS: tl.constexpr):
             nothing += coefficients[a * (dims + 1) + b] * 0
     rows_of_inverse = ()
     reaches = ()
-    for b in tl.static_range(1, dims):
+    for b in tl.static_range(dims):
         # Solve A u = q - t for u_b by Cramer's rule.
         determinant, determinant_size, reach = 0.0, 0.0, 0.0
         cofactors = ()
@@ -111,32 +112,38 @@ def affine_bounds(coefficients, input_size, output_size, RADIUS: tl.constexpr):
         reaches = reaches + (reach,)
     steps = ()
     halves = ()
-    most = tl.cast(output_size[0], coefficients[0].dtype)
-    fewer = most
+    width = tl.cast(output_size[0], coefficients[0].dtype)
+    half = width
     for a in tl.static_range(dims):
         slope = coefficients[a * (dims + 1)]
         # Where x does not matter, the row is in reach as a whole or not at all, which a tiny slope says as well.
         step = 1.0 / tl.where(tl.abs(slope) < 1e-25, 1e-25, slope)
         steps = steps + (step,)
         halves = halves + (margins[a] * tl.abs(step),)
-        # An interval of 2.0001 holds three columns at most, and two nearly everywhere.
-        most = tl.minimum(most, tl.floor(2 * halves[a]) + 1)
-        fewer = tl.minimum(fewer, tl.floor(2 * halves[a] - 0.02) + 1)
-    certain = (most == fewer) & (most <= _FEW)
-    return nothing == 0, (places, rows_of_inverse, reaches, steps, halves), tl.where(certain, most, 0.0).to(tl.int32)
+        half = tl.minimum(half, halves[a])
+    # An interval of 2.0001 holds three columns at most, and two nearly everywhere.
+    most = tl.minimum(width, tl.floor(2 * half) + 1)
+    certain = (most == tl.minimum(width, tl.floor(2 * half - 0.02) + 1)) & (most <= _FEW)
+    upright = (reaches[0] - half < 0.01) | (certain & (tl.floor(2 * reaches[0]) + 1 == most))
+    return (
+        nothing == 0,
+        (places, rows_of_inverse, reaches, steps, halves),
+        tl.where(certain, most, 0.0).to(tl.int32),
+        upright,
+    )
 
 
 @triton.jit
-def affine_rows(bounds, q, output_size):
-    """First and last row, along y and on, whose pixels can touch source pixel q."""
+def affine_box(bounds, q, output_size):
+    """First and last index along each axis of the pixels that can touch source pixel q."""
     places, rows_of_inverse, reaches, _steps, _halves = bounds
     firsts = ()
     lasts = ()
-    for b in tl.static_range(1, len(q)):
+    for b in tl.static_range(len(q)):
         centre = middle(output_size[b], q[0].dtype)
         for a in tl.static_range(len(q)):
-            centre += rows_of_inverse[b - 1][a] * (q[a] - places[a])
-        first, last = _clamp_interval(centre - reaches[b - 1], centre + reaches[b - 1], output_size[b])
+            centre += rows_of_inverse[b][a] * (q[a] - places[a])
+        first, last = _clamp_interval(centre - reaches[b], centre + reaches[b], output_size[b])
         firsts = firsts + (first,)
         lasts = lasts + (last,)
     return firsts, lasts
@@ -157,6 +164,21 @@ def affine_columns(bounds, coefficients, row, q, output_size):
         first = tl.maximum(first, centre - halves[a])  # a number wins over NaN
         last = tl.minimum(last, centre + halves[a])
     return _clamp_interval(first, last, output_size[0])
+
+
+@triton.jit
+def affine_meets(coefficients, first, last, input_size, output_size, RADIUS: tl.constexpr):
+    """Whether the whole output's bounding box in the input reaches the pixels from first to last; false for NaN."""
+    dims: tl.constexpr = len(input_size)
+    meets = coefficients[0] == coefficients[0]
+    for a in tl.static_range(dims):
+        translation = coefficients[a * (dims + 1) + dims]
+        centre = translation + middle(input_size[a], translation.dtype)
+        reach = RADIUS + _affine_margin(coefficients, a, input_size, output_size)
+        for b in tl.static_range(dims):
+            reach += tl.abs(coefficients[a * (dims + 1) + b]) * (output_size[b] * 0.5)
+        meets &= (centre - reach <= last[a]) & (centre + reach >= first[a])
+    return meets
 
 
 @triton.jit
@@ -203,7 +225,9 @@ def samples_for(squared_step):
 @triton.jit
 def _cofactor(coefficients, a: tl.constexpr, b: tl.constexpr, dims: tl.constexpr):
     """The cofactor of entry (a, b) of the linear part, and the sum of its terms' magnitudes."""
-    if dims == 2:
+    if dims == 1:
+        return tl.cast(1.0, coefficients[0].dtype), tl.cast(1.0, coefficients[0].dtype)
+    elif dims == 2:
         opposite = coefficients[(1 - a) * 3 + (1 - b)]
         return (opposite if a == b else -opposite), tl.abs(opposite)
     else:

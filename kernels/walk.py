@@ -60,7 +60,7 @@ def walk_kernel(
     input_strides, input_tangent_strides, parameters_strides, parameters_tangent_strides,
     LOAD: tl.constexpr, LOAD_VJP: tl.constexpr, SHRINK: tl.constexpr, REFINE: tl.constexpr,
     TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
-    BOUNDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BOUNDS: tl.constexpr, BOX: tl.constexpr, COLUMNS: tl.constexpr, MEETS: tl.constexpr,
     WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
     FOLDS: tl.constexpr,
     ALIGN_CORNERS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
@@ -72,9 +72,7 @@ def walk_kernel(
     tl.static_assert(CHANNELS_PER_PROGRAM == UNROLL * BLOCK_C, "a walk holds its channels in registers")
     LANES: tl.constexpr = lanes(BLOCK)
     RADIUS: tl.constexpr = TAPS // 2 if TAPS > 1 else 1
-    # Candidates of a row, of which most maps have three, whose loads are under way together; many channels have loads
-    # enough, and no registers for more.
-    AT_ONCE: tl.constexpr = 3 if BLOCK_C == 1 and UNROLL <= 4 else 1
+    FEW: tl.constexpr = BLOCK_C == 1 and UNROLL <= 4  # channels; many have no registers for what speeds these up
     lane = tl.arange(0, LANES)
     programs = tl.cdiv(tile_count(input_size, BLOCK), TILES)
     n = quotient(tl.program_id(0), divisors[0])
@@ -90,142 +88,222 @@ def walk_kernel(
     grad_input_ptr += n * grad_input_strides[0]
     if FOLDS:
         scattered_ptr += n * grad_input_strides[0]
+    if NEED_PARAMETERS:
+        slot = tl.cast(program, INDEX) * tl.num_programs(1) + tl.program_id(1)
+        gradients_ptr += n * gradients_strides[0] + slot * gradients_stride_slot
     if not ONE_MAP:
         q, mask = tile_index(first_tile, lane, input_size, divisors[1:], BLOCK)
         grad_input = _start(
             scattered_ptr, q, mask, channels, grad_input_strides, FOLDS, LANES, BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE
         )
 
-    for k in range(1 if ONE_MAP else maps):
-        coefficients = LOAD(
-            parameters_ptr + k * parameters_strides[1],
-            None, None, None, None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
-        )  # fmt: skip
-        tangents = ()
-        if TANGENT:
-            tangents = LOAD(
-                parameters_tangent_ptr + k * parameters_tangent_strides[1],
-                None, None, None, None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, True,
+    # Of many maps few reach a tile: lanes ask one each, and the walk goes from one that does to the next.
+    for first_map in range(0, 1 if ONE_MAP else maps, LANES):
+        meets, meeting = lane == 0, 1
+        if not ONE_MAP:
+            asked = tl.minimum(first_map + lane, maps - 1)
+            meets = (first_map + lane < maps) & MEETS(
+                LOAD(
+                    parameters_ptr + asked * parameters_strides[1],
+                    None, None, None, None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
+                ),
+                tile_index(first_tile, first_tile * 0, input_size, divisors[1:], BLOCK)[0],
+                tile_index(first_tile, first_tile * 0 + LANES - 1, input_size, divisors[1:], BLOCK)[0],
+                input_size, output_size, RADIUS,
             )  # fmt: skip
-        per_axis = 1
-        share = 1.0
-        fine, fine_size = coefficients, output_size
-        if SUPERSAMPLE != 1:
-            per_axis = SHRINK(coefficients) if SUPERSAMPLE == 0 else SUPERSAMPLE
-            fine, fine_size = REFINE(coefficients, per_axis), tuples.scale(output_size, per_axis)
-            for _axis in tl.static_range(len(BLOCK)):
-                share = share / tl.cast(per_axis, COMPUTE)
-        gradients = tuples.zeros(len(coefficients), (LANES,), COMPUTE)
-        grad_output_map = image_start(grad_output_ptr, n * maps + k, grad_output_batch, grad_output_strides)
-        lands, bounds, most_columns = BOUNDS(fine, input_size, fine_size, RADIUS)
-        for step_of_tile in range(TILES):
-            tile = first_tile + step_of_tile
-            if ONE_MAP:
-                q, mask = tile_index(tile, lane, input_size, divisors[1:], BLOCK)
-                grad_input = _start(
-                    scattered_ptr, q, mask, channels, grad_input_strides,
-                    FOLDS, LANES, BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
+            meeting = tl.sum(meets.to(tl.int32))
+            for i in tl.static_range(len(BLOCK) * (len(BLOCK) + 1) if NEED_PARAMETERS else 0):
+                at = gradients_ptr + tl.cast(asked, INDEX) * gradients_strides[1] + i
+                tl.store(at, tl.zeros((LANES,), COMPUTE), mask=(first_map + lane < maps) & ~meets)
+        k = first_map - 1
+        for _map in range(meeting):
+            k = 0 if ONE_MAP else tl.min(tl.where(meets & (first_map + lane > k), first_map + lane, maps))
+            coefficients = LOAD(
+                parameters_ptr + k * parameters_strides[1],
+                None, None, None, None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
+            )  # fmt: skip
+            tangents = ()
+            if TANGENT:
+                tangents = LOAD(
+                    parameters_tangent_ptr + k * parameters_tangent_strides[1],
+                    None, None, None, None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, True,
                 )  # fmt: skip
-            first_row, last_row = ROWS(bounds, tuples.to(q, COMPUTE), fine_size)
-            rows, shape = _count_rows(first_row, last_row, mask)
-            wide = rows > LANES
-            for turn in range(tl.where(lands & (rows > 0), tl.where(wide, LANES, 1), 0)):
-                # The pixel that each lane works for: its own, or the same for all.
-                pixel, pixel_mask = q, mask
-                if wide:
-                    pixel, pixel_mask = tile_index(tile, lane * 0 + turn, input_size, divisors[1:], BLOCK)
-                    first_row, last_row = ROWS(bounds, tuples.to(pixel, COMPUTE), fine_size)
-                    rows, shape = _count_rows(first_row, last_row, pixel_mask)
-                position = tuples.to(pixel, COMPUTE)
-                values = ()
-                value_tangents = ()
-                if NEED_PARAMETERS:
-                    values = _load_channels(
-                        input_ptr, exactly(pixel), input_strides, pixel_mask, channels,
-                        BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
-                    )  # fmt: skip
-                    if fill_ptr is not None:
-                        values = _subtract_fill(values, fill_ptr, channels, COMPUTE)
-                if NEED_PARAMETERS and INPUT_TANGENT:
-                    value_tangents = _load_channels(
-                        input_tangent_ptr, exactly(pixel), input_tangent_strides, pixel_mask, channels,
-                        BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
-                    )  # fmt: skip
-                collected = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
-                for r in range(0, rows, tl.where(wide, LANES, 1)):
-                    row, in_row = _unravel_row(tl.where(wide, r + lane, r), first_row, last_row, shape)
-                    in_row &= pixel_mask
-                    u_row = centred(row, fine_size[1:], COMPUTE)
-                    first, last = COLUMNS(bounds, fine, u_row, position, fine_size)
-                    steps = most_columns
-                    if steps == 0:
-                        steps = tl.max(tl.where(in_row, last - first + 1, 0))
-                    u_first = centred((first,), fine_size, COMPUTE)[0]
-                    for step in tl.range(0, steps, loop_unroll_factor=AT_ONCE):
-                        u = (u_first + tl.cast(step, COMPUTE),) + u_row
-                        place = ((first,) + row, (step,) + exactly(row)[1])
-                        if SUPERSAMPLE != 1:
-                            u = from_finer(u, per_axis)
-                            place = exactly(tuples.floor_divide((first + step,) + row, per_axis))
-                        x = TRANSFORM(coefficients, u, input_size)
-                        hit = in_row & (step <= last - first)
-                        for axis in tl.static_range(len(BLOCK)):
-                            hit &= touches(x[axis], position[axis], TAPS)
-                        if FOLDS and TAPS <= 2:
-                            hit &= strictly_inside(x, input_size)
-                        grad_output = _load_channels(
-                            grad_output_map, place, grad_output_strides, hit, channels,
-                            BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
-                        )  # fmt: skip
-                        # A candidate that is no hit gets numbers that are finite, and grad_output's 0.
-                        x = tuples.where(hit, x, position)
-                        weights, slopes = _along(x, position, WEIGHT), _along(x, position, WEIGHT_VJP)
-                        curvatures = ()
-                        t = ()
-                        weight = product(weights)
-                        if TANGENT:
-                            curvatures = _along(x, position, WEIGHT_CURVATURE)
-                            t = tuples.where(
-                                hit,
-                                TRANSFORM_JVP(coefficients, tangents, u),
-                                tuples.zeros(len(BLOCK), (LANES,), COMPUTE),
-                            )
-                            weight = product_jvp(weights, slopes, t)
-                        collected = _add_scaled(collected, weight, grad_output)
-                        if NEED_PARAMETERS:
-                            # A pixel that was not read may hold infinity, and grad_output's 0 would not hide it.
-                            dot = tl.where(hit, _dot(grad_output, values), 0.0)
-                            if TANGENT:
-                                grad_x = product_vjp_jvp(weights, slopes, curvatures, t, dot)
-                            else:
-                                grad_x = product_vjp(weights, slopes, dot)
-                            if INPUT_TANGENT:
-                                dot = tl.where(hit, _dot(grad_output, value_tangents), 0.0)
-                                grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
-                            gradients = tuples.add(gradients, TRANSFORM_VJP(coefficients, u, grad_x))
-                if SUPERSAMPLE != 1:
-                    collected = tuples.scale(collected, share)
-                if wide:
-                    collected = _hand_over(collected, lane == turn)
-                grad_input = tuples.add(grad_input, collected)
-            if ONE_MAP:
-                _finish(
-                    grad_input_ptr, grad_input, q, mask, channels, grad_input_strides, BLOCK_C, UNROLL, WHOLE, INDEX
-                )
-
-        if NEED_PARAMETERS:
+            per_axis = 1
+            share = 1.0
+            fine, fine_size = coefficients, output_size
             if SUPERSAMPLE != 1:
-                gradients = tuples.scale(gradients, share)
-            slot = tl.cast(program, INDEX) * tl.num_programs(1) + tl.program_id(1)
-            start = n * gradients_strides[0] + tl.cast(k, INDEX) * gradients_strides[1]
-            LOAD_VJP(
-                gradients_ptr + start + slot * gradients_stride_slot,
-                gradients, None, None, None, None, None, None,
-                input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX,
-            )  # fmt: skip
+                per_axis = SHRINK(coefficients) if SUPERSAMPLE == 0 else SUPERSAMPLE
+                fine, fine_size = REFINE(coefficients, per_axis), tuples.scale(output_size, per_axis)
+                for _axis in tl.static_range(len(BLOCK)):
+                    share = share / tl.cast(per_axis, COMPUTE)
+            gradients = tuples.zeros(len(coefficients), (LANES,), COMPUTE)
+            grad_output_map = image_start(grad_output_ptr, n * maps + k, grad_output_batch, grad_output_strides)
+            lands, bounds, most_columns, upright = BOUNDS(fine, input_size, fine_size, RADIUS)
+            upright &= FEW
+            for tile in range(first_tile, first_tile + TILES):
+                if ONE_MAP:
+                    q, mask = tile_index(tile, lane, input_size, divisors[1:], BLOCK)
+                    grad_input = _start(
+                        scattered_ptr, q, mask, channels, grad_input_strides,
+                        FOLDS, LANES, BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
+                    )  # fmt: skip
+                grad_input, gradients = _walk_tile(
+                    grad_input, gradients, tile, q, mask, grad_output_map, input_ptr, input_tangent_ptr, fill_ptr,
+                    coefficients, tangents, fine, fine_size, per_axis, share, lands, bounds, most_columns, upright,
+                    input_size, divisors, channels, grad_output_strides, input_strides, input_tangent_strides,
+                    TRANSFORM, TRANSFORM_JVP, TRANSFORM_VJP, BOX, COLUMNS, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS,
+                    FOLDS, COMPUTE, INDEX, NEED_PARAMETERS, TANGENT, INPUT_TANGENT, SUPERSAMPLE, FEW,
+                    BLOCK, BLOCK_C, UNROLL, WHOLE,
+                )  # fmt: skip
+                if ONE_MAP:
+                    _finish(
+                        grad_input_ptr, grad_input, q, mask, channels, grad_input_strides, BLOCK_C, UNROLL, WHOLE, INDEX
+                    )
+
+            if NEED_PARAMETERS:
+                if SUPERSAMPLE != 1:
+                    gradients = tuples.scale(gradients, share)
+                LOAD_VJP(
+                    gradients_ptr + tl.cast(k, INDEX) * gradients_strides[1],
+                    gradients, None, None, None, None, None, None,
+                    input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX,
+                )  # fmt: skip
 
     if not ONE_MAP:
         _finish(grad_input_ptr, grad_input, q, mask, channels, grad_input_strides, BLOCK_C, UNROLL, WHOLE, INDEX)
+
+
+@triton.jit
+def _walk_tile(
+    grad_input, gradients, tile, q, mask, grad_output_ptr, input_ptr, input_tangent_ptr, fill_ptr,
+    coefficients, tangents, fine, fine_size, per_axis, share, lands, bounds, most_columns, upright,
+    input_size, divisors, channels, grad_output_strides, input_strides, input_tangent_strides,
+    TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
+    BOX: tl.constexpr, COLUMNS: tl.constexpr,
+    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
+    FOLDS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    NEED_PARAMETERS: tl.constexpr, TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr, SUPERSAMPLE: tl.constexpr,
+    FEW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What the candidates of one map add to both sums of a tile's pixels q."""
+    LANES: tl.constexpr = lanes(BLOCK)
+    # Candidates of a row, of which most maps have three, whose loads are under way together.
+    AT_ONCE: tl.constexpr = 3 if FEW else 1
+    lane = tl.arange(0, LANES)
+    first, last = BOX(bounds, tuples.to(q, COMPUTE), fine_size)
+    rows, shape = _count_rows(first[1:], last[1:], mask)
+    wide = rows > LANES
+    for turn in range(tl.where(lands & (rows > 0), tl.where(wide, LANES, 1), 0)):
+        # The pixel that each lane works for: its own, or the same for all.
+        pixel, pixel_mask = q, mask
+        if wide:
+            pixel, pixel_mask = tile_index(tile, lane * 0 + turn, input_size, divisors[1:], BLOCK)
+            first, last = BOX(bounds, tuples.to(pixel, COMPUTE), fine_size)
+            rows, shape = _count_rows(first[1:], last[1:], pixel_mask)
+        position = tuples.to(pixel, COMPUTE)
+        values = ()
+        value_tangents = ()
+        if NEED_PARAMETERS:
+            values = _load_channels(
+                input_ptr, exactly(pixel), input_strides, pixel_mask, channels,
+                BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
+            )  # fmt: skip
+            if fill_ptr is not None:
+                values = _subtract_fill(values, fill_ptr, channels, COMPUTE)
+        if NEED_PARAMETERS and INPUT_TANGENT:
+            value_tangents = _load_channels(
+                input_tangent_ptr, exactly(pixel), input_tangent_strides, pixel_mask, channels,
+                BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE,
+            )  # fmt: skip
+        collected = tuples.zeros(UNROLL, (LANES, BLOCK_C), COMPUTE)
+        columns = most_columns
+        if upright & (columns == 0):
+            columns = tl.max(tl.where(pixel_mask, last[0] - first[0] + 1, 0))
+        for r in range(0, rows, tl.where(wide, LANES, 1)):
+            row, in_row = _unravel_row(tl.where(wide, r + lane, r), first[1:], last[1:], shape)
+            in_row &= pixel_mask
+            u_row = centred(row, fine_size[1:], COMPUTE)
+            column, last_column = first[0], last[0]
+            if not upright:
+                column, last_column = COLUMNS(bounds, fine, u_row, position, fine_size)
+            count = tl.where(in_row, last_column - column + 1, 0)
+            steps = columns
+            if (steps == 0) & (not upright):
+                steps = tl.max(count)
+            u_column = centred((column,), fine_size, COMPUTE)[0]
+            start = 0
+            for at_once in tl.static_range(AT_ONCE, 0, -2):  # by threes, then what is left one by one
+                stop = steps // at_once * at_once
+                for step in range(start, stop, at_once):
+                    for further in tl.static_range(at_once):
+                        collected, gradients = _visit(
+                            collected, gradients, grad_output_ptr, column, count, row, u_column, u_row,
+                            step, further, coefficients, tangents, position, values, value_tangents, per_axis,
+                            input_size, channels, grad_output_strides,
+                            TRANSFORM, TRANSFORM_JVP, TRANSFORM_VJP, WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS,
+                            FOLDS, COMPUTE, INDEX, NEED_PARAMETERS, TANGENT, INPUT_TANGENT, SUPERSAMPLE,
+                            BLOCK_C, UNROLL, WHOLE,
+                        )  # fmt: skip
+                start = stop
+        if SUPERSAMPLE != 1:
+            collected = tuples.scale(collected, share)
+        if wide:
+            collected = _hand_over(collected, lane == turn)
+        grad_input = tuples.add(grad_input, collected)
+    return grad_input, gradients
+
+
+@triton.jit
+def _visit(
+    collected, gradients, grad_output_ptr, column, count, row, u_column, u_row,
+    step, further: tl.constexpr, coefficients, tangents, position, values, value_tangents, per_axis,
+    input_size, channels, grad_output_strides,
+    TRANSFORM: tl.constexpr, TRANSFORM_JVP: tl.constexpr, TRANSFORM_VJP: tl.constexpr,
+    WEIGHT: tl.constexpr, WEIGHT_VJP: tl.constexpr, WEIGHT_CURVATURE: tl.constexpr, TAPS: tl.constexpr,
+    FOLDS: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    NEED_PARAMETERS: tl.constexpr, TANGENT: tl.constexpr, INPUT_TANGENT: tl.constexpr, SUPERSAMPLE: tl.constexpr,
+    BLOCK_C: tl.constexpr, UNROLL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What the candidate in column + step + further of each pixel's row adds to both sums."""
+    DIMS: tl.constexpr = len(position)
+    LANES: tl.constexpr = position[0].shape[0]
+    u = (u_column + tl.cast(step + further, COMPUTE),) + u_row
+    place = ((column,) + row, (tl.cast(step, tl.int64) + further,) + exactly(row)[1])
+    if SUPERSAMPLE != 1:
+        u = from_finer(u, per_axis)
+        place = exactly(tuples.floor_divide((column + step + further,) + row, per_axis))
+    x = TRANSFORM(coefficients, u, input_size)
+    hit = step + further < count
+    for axis in tl.static_range(DIMS):
+        hit &= touches(x[axis], position[axis], TAPS)
+    if FOLDS and TAPS <= 2:
+        hit &= strictly_inside(x, input_size)
+    grad_output = _load_channels(
+        grad_output_ptr, place, grad_output_strides, hit, channels, BLOCK_C, UNROLL, WHOLE, INDEX, COMPUTE
+    )
+    # A candidate that is no hit gets numbers that are finite, and grad_output's 0.
+    x = tuples.where(hit, x, position)
+    weights, slopes = _along(x, position, WEIGHT), _along(x, position, WEIGHT_VJP)
+    curvatures = ()
+    t = ()
+    weight = product(weights)
+    if TANGENT:
+        curvatures = _along(x, position, WEIGHT_CURVATURE)
+        t = tuples.where(hit, TRANSFORM_JVP(coefficients, tangents, u), tuples.zeros(DIMS, (LANES,), COMPUTE))
+        weight = product_jvp(weights, slopes, t)
+    collected = _add_scaled(collected, weight, grad_output)
+    if NEED_PARAMETERS:
+        # A pixel that was not read may hold infinity, and grad_output's 0 would not hide it.
+        dot = tl.where(hit, _dot(grad_output, values), 0.0)
+        if TANGENT:
+            grad_x = product_vjp_jvp(weights, slopes, curvatures, t, dot)
+        else:
+            grad_x = product_vjp(weights, slopes, dot)
+        if INPUT_TANGENT:
+            dot = tl.where(hit, _dot(grad_output, value_tangents), 0.0)
+            grad_x = tuples.add(grad_x, product_vjp(weights, slopes, dot))
+        gradients = tuples.add(gradients, TRANSFORM_VJP(coefficients, u, grad_x))
+    return collected, gradients
 
 
 @triton.jit
@@ -273,7 +351,12 @@ def _load_channels(
     for block in tl.static_range(UNROLL):
         c = _channels(block, BLOCK_C, UNROLL)
         in_block = block_mask(mask, c, channels, WHOLE)
-        blocks = blocks + (load_block(ptr, place, c, strides, in_block, INDEX, COMPUTE),)
+        channel_ptr = ptr
+        if BLOCK_C == 1 and UNROLL > 4:
+            # A pointer for all pixels and candidates, and no sum of offsets for each; of few channels that is no less.
+            channel_ptr += (tl.program_id(1) * UNROLL + block).to(tl.int64) * strides[1]
+            c *= 0
+        blocks = blocks + (load_block(channel_ptr, place, c, strides, in_block, INDEX, COMPUTE),)
     return blocks
 
 
@@ -329,10 +412,10 @@ def _count_rows(first, last, mask):
 def _unravel_row(r, first, last, shape):
     """Each lane's r-th row, as indices along y and on, and whether the lane has that many."""
     row = ()
-    exists = r >= 0
+    exists = True
     for axis in tl.static_range(len(first)):
         along = first[axis] + (r if axis == len(first) - 1 else r % shape[axis])
-        exists = exists & (along <= last[axis])
+        exists = (along <= last[axis]) & exists
         row = row + (along,)
         r = r // shape[axis]
     return row, exists
