@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -345,16 +344,7 @@ def launched_by(start: Callable[..., None], arch: str = "sm_90") -> Iterator[Non
         mock.patch.object(driver, "_active", Driver(arch)),
         mock.patch.object(CompiledKernel, "run", property(run)),
         mock.patch.object(CompiledKernel, "_init_handles", lambda _: None),
-        _without_advice(),
     ):
-        yield
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Of Triton 3.9 about a default of 3.10, at every first compilation."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
         yield
 
 
@@ -398,7 +388,6 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
         mock.patch.object(driver, "_active", Driver(arch)),
         mock.patch.object(torch.version, "hip", vendor),
         _nothing_remembered(kernels),
-        _without_advice(),
     ):
         yield found
 

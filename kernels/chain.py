@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
 from .coordinates import centred, middle, pixels_per_unit
 
 
@@ -132,5 +133,5 @@ def try_link(map, map_vjp, theta, points, gradient):
     """What a link gives for points (d, LANES), the gradients of them, and of theta lane by lane, in one tensor."""
     dims, lanes = points.shape
     out = torch.empty((2 * dims + len(theta), lanes), dtype=theta.dtype, device=theta.device)
-    try_kernel[(1,)](out, theta, points, gradient, len(theta), dims, map, map_vjp, lanes)
+    try_kernel[(1,)](out, theta, points, gradient, len(theta), dims, map, map_vjp, lanes, **launch.OPTIONS)
     return out

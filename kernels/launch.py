@@ -17,6 +17,8 @@ from triton.runtime import driver
 _INT32_MAX = 2**31 - 1
 _BATCHED = ("input", "input_tangent", "parameters", "parameters_tangent", "grad_output")
 _REMEMBERED: list = []
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every compilation. The default up to Triton 3.9, which tells every user that that of 3.10 is another."""
 
 
 class Layout(NamedTuple):
@@ -63,7 +65,7 @@ class Launch:
     """
 
     def __init__(self, kernel, grid, arguments, constants):
-        self.kernel, self.grid, self.arguments, self.constants = kernel, (*grid, 1), arguments, constants
+        self.kernel, self.grid, self.arguments, self.constants = kernel, (*grid, 1), arguments, constants | OPTIONS
         # AMD's compiler asks for sizes of memory as well; Triton's interpreter compiles nothing.
         self._compiled = {} if isinstance(kernel, triton.JITFunction) and torch.version.hip is None else None
 

@@ -11,10 +11,10 @@ import tri_stn
 
 
 def test_remembered_launches():
-    """Below, in a process of its own: Triton without its interpreter."""
+    """Below, in a process of its own: Triton without its interpreter, and without advice about its defaults."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
-    subprocess.run([sys.executable, "-W", "ignore", __file__], env=environment, check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-W", "error:TRITON_", __file__], env=environment, check=True)
 
 
 def main():
