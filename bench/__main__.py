@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tri_stn.files import obstacle
+
 if TYPE_CHECKING:
     from .records import Results
     from .results import Row
@@ -158,8 +160,6 @@ def _bench(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
         return _refuse("There is no CUDA device that torch can use here.")
-    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
-        return _refuse(f"--out takes a folder; {arguments.out} is a file.")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cpu = device.type == "cpu"
     if arguments.variant == "small" or (on_cpu and not arguments.variant):
@@ -175,6 +175,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     folder = arguments.out or (None if partial else results.RESULTS)
     commit = results.Commit.named(arguments.commit)
     path = folder / results.file_name(device, commit) if folder else None
+    if path and (why := obstacle(path)):
+        return _refuse(why)
 
     seconds = arguments.seconds or 0.05
     limit = arguments.time_limit or (150 if on_cpu else 420)
@@ -265,6 +267,8 @@ def _resources(arguments: argparse.Namespace) -> int:
     from .report import table, track
     from .results import write_whole
 
+    if arguments.json and (why := obstacle(arguments.json)):
+        return _refuse(why)
     todo = [
         (case, arch)
         for case, arch in resources.all_cases()
@@ -325,6 +329,8 @@ def _precision(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         return _refuse("There is no CUDA device that torch can use here.")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.json and (why := obstacle(arguments.json)):
+        return _refuse(why)
     rows = list(track(precision.measure_all(device, widths), precision.count(widths), "precision"))
     name = f"{device_name(device)} ({device.type}), torch {torch.__version__}"
     if arguments.json:

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tri_stn
+from tri_stn.files import obstacle
 
 from .experiments import harness
 from .experiments.classification import count_parameters
@@ -314,6 +315,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.epochs < 1:
         parser.error(f"--epochs must be at least 1; got {arguments.epochs}.")
+    if why := obstacle(arguments.out):
+        parser.error(why)
     if not arguments.out.absolute().parent.is_dir():
         parser.error(f"there is no folder {arguments.out.parent} to write {arguments.out.name} in; create it first.")
     try:

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from tri_stn.files import obstacle
+
 from . import records, results
 from .report import table
 from .targets import judge
@@ -86,11 +88,11 @@ def parts(out: Path, commit: str | None, passed: Sequence[str] = ()) -> list[Par
 
 def main(out: Path, commit: str | None = None) -> int:
     """Run all parts. Exit status 0 if all passed, 1 if one failed, 2 without a CUDA device."""
+    if why := obstacle(out / PASSED):
+        print(why, file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("There is no CUDA device that torch can use here, and python -m bench gpu needs one.", file=sys.stderr)
-        return 2
-    if out.exists() and not out.is_dir():
-        print(f"--out takes a folder; {out} is a file.", file=sys.stderr)
         return 2
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)

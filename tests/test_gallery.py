@@ -153,7 +153,7 @@ def test_the_command(tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["coordinates.png", "interpolation.png"]
     for arguments, sentence in (
         (("--out", out, "nope"), "There is no picture 'nope'; the gallery has coordinates, mapping,"),
-        (("--out", photo, "coordinates"), f"There can be no folder {photo}: File exists."),
+        (("--out", photo, "coordinates"), f"Nothing can be written to {photo / 'coordinates.png'}: {photo} is not"),
         (("--out", out, "--photo", tmp_path / "none.png"), f"There is no file {tmp_path / 'none.png'}."),
         (("--out", out, "--photo", text), f"{text} is not an image that Pillow can read."),
         (("--out", out, "--photo", small), "The photograph needs at least 48 pixels along each side"),
@@ -162,7 +162,7 @@ def test_the_command(tmp_path, capsys):
         assert status == 2 and printed.err.startswith(f"tri_stn: {sentence}")
     (out / "mapping.png").mkdir()
     status, printed = run("--out", out, "--photo", photo, "mapping")
-    assert status == 2 and f"{out / 'mapping.png'} could not be written" in printed.err
+    assert status == 2 and f"Nothing can be written to {out / 'mapping.png'}: it is a folder." in printed.err
     assert sorted(path.name for path in out.iterdir()) == ["coordinates.png", "interpolation.png", "mapping.png"]
 
 

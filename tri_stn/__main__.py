@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import write_whole
+from .files import obstacle, write_whole
 from .functional import LARGEST_AXIS, MODES, PADDING_MODES, warp
 from .transforms import Affine
 
@@ -244,10 +244,10 @@ def _output_format(path: Path) -> str:
         raise CommandError(
             f"The output's extension must be one of {', '.join(FORMATS)}; got {path.suffix or 'none'} in {path}."
         )
+    if why := obstacle(path):
+        raise CommandError(why)
     if not path.parent.is_dir():
         raise CommandError(f"There is no folder {path.parent} to write {path.name} in; create it first.")
-    if path.is_dir():
-        raise CommandError(f"{path} is a folder; give the name of a file.")
     return FORMATS[path.suffix.lower()]
 
 

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from tri_stn.files import obstacle
+
 from ..records import Results, ResultsError, read, shelf
 from ..results import RESULTS, write_whole
 
@@ -16,12 +18,12 @@ def write(paths: Sequence[Path], out: Path, png: bool, wanted: dict[str, str | N
     `wanted` is what the filter is set to first: "device", "dtype" and "direction", each a name or None.
     Raises ResultsError, with a sentence, for files that are none and for a choice of which nothing is there.
     """
-    from .images import write_images
+    from .images import FILES, write_images
     from .page import page
     from .series import Choice, choices, first_choice, newest
 
-    if out.exists() and not out.is_dir():
-        raise ResultsError(f"--out takes a folder; {out} is a file.")
+    if why := obstacle(*[out / file for file in ("index.html", *(FILES if png else ()))]):
+        raise ResultsError(why)
     files = load(paths)
     choice = first_choice(newest(files))
     if any(wanted.values()):

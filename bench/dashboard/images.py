@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FILES = ("speedup.png", "roofline.png", "memory.png", "history.png")
 MARKERS = "oDs^X*Pv"
 
 
@@ -25,14 +26,10 @@ def write_images(files: Sequence[Results], choice: Choice, folder: Path) -> list
     """speedup.png, roofline.png, memory.png and history.png of one choice; none for what was not measured."""
     file = series.newest(files)[choice.device]
     mine = [f for f in files if f.device == choice.device]
-    drawn = {
-        "speedup": (_speedup, series.speedups(file)),
-        "roofline": (_roofline, series.rooflines(file)),
-        "memory": (_memory, series.memory(file)),
-        "history": (_history, series.history(mine)),
-    }
+    draws = _speedup, _roofline, _memory, _history
+    series_of = series.speedups(file), series.rooflines(file), series.memory(file), series.history(mine)
     written = []
-    for name, (draw, found) in drawn.items():
+    for name, draw, found in zip(FILES, draws, series_of, strict=True):
         shown = [s for s in found if s.choice == choice]
         if not shown:
             continue
@@ -41,7 +38,7 @@ def write_images(files: Sequence[Results], choice: Choice, folder: Path) -> list
         figure.suptitle(f"{series.device_label(file)}, {choice.dtype}, {direction}", x=0.01, ha="left", fontsize=10)
         command = textwrap.fill(f"commit {file.commit}: {file.command}", 110)
         figure.text(0.01, 0.005, command, fontsize=7, color="#5a6775", va="bottom")
-        written.append(folder / f"{name}.png")
+        written.append(folder / name)
         _save(figure, written[-1])
     return written
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from tri_stn.files import obstacle
+
 from ..report import markdown
 from ..results import Commit, describe, device_name, write_whole
 from .samplers import SAMPLERS
@@ -64,8 +66,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if missing:
         parser.error(f"this needs {', '.join(missing)}, which is not installed: pip install -e .[demo]")
     arguments.device = device(parser, arguments.device)
-    if arguments.out.exists() and not arguments.out.is_dir():
-        parser.error(f"--out must be a folder; {arguments.out} is a file.")
+    if why := obstacle(arguments.out / "checkpoints" / "of a job.pt"):
+        parser.error(why)
     if len(set(arguments.seeds)) < len(arguments.seeds):
         parser.error("--seeds has a seed twice.")
     if arguments.device.type == "cpu":

@@ -15,6 +15,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from ..files import obstacle
+
 PICTURES = {
     "coordinates": "coordinates.png",
     "mapping": "mapping.png",
@@ -60,25 +62,23 @@ def draw(
     unknown = [name for name in names if name not in PICTURES]
     if unknown:
         raise GalleryError(f"There is no picture {unknown[0]!r}; the gallery has {', '.join(PICTURES)}.")
+    chosen = {name: out / file for name, file in PICTURES.items() if not names or name in names}
+    if why := obstacle(*chosen.values()):
+        raise GalleryError(why)
     _check_packages()
     from .photograph import bundled, prepare
 
     photo = bundled() if pixels is None else prepare(pixels)
     photo = photo.to(device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GalleryError(f"There can be no folder {out}: {error.strerror}.") from error
     written = []
-    for name, file in PICTURES.items():
-        if names and name not in names:
-            continue
+    for name, file in chosen.items():
         try:
-            with report(out / file), _one_thread():
-                importlib.import_module(f".{name}", __package__).draw(photo, out / file)
+            out.mkdir(parents=True, exist_ok=True)
+            with report(file), _one_thread():
+                importlib.import_module(f".{name}", __package__).draw(photo, file)
         except OSError as error:
-            raise GalleryError(f"{out / file} could not be written: {error.strerror or error}.") from error
-        written.append(out / file)
+            raise GalleryError(f"{file} could not be written: {error.strerror or error}.") from error
+        written.append(file)
     return written
 
 
