@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from covering import covering
@@ -15,6 +16,7 @@ import tri_stn
 from tri_stn.testing import Case, assert_accurate, near_discontinuity, warp_truth
 
 FILL = (-1.5, 0.75)
+MEAN = np.array(FILL)
 
 
 def truth_mask(case: Case, image: Tensor, parameters: Tensor) -> Tensor:
@@ -175,10 +177,20 @@ def test_every_way_to_give_a_fill_is_the_same(backend):
         tensor.expand(2),
         tensor.repeat(2)[::2],
         tensor[:1].expand(2),
+        tensor[0],
+        torch.tensor(0.3),  # a number, from whichever device
+        np.float32(0.3),
+        np.array(0.3),
+        np.full(2, 0.3),
+        np.array([0.3, 0.3, 0.3])[1::-1],
+        [np.float32(0.3), 0.3],
     ):
         assert torch.equal(tri_stn.warp(image, map, fill=fill), expected)
+    whole = tri_stn.warp(image, map, fill=(1, 0))
+    for fill in (np.array([1, 0]), np.array([True, False]), [np.int64(1), 0], torch.tensor([1, 0], device=backend)):
+        assert torch.equal(tri_stn.warp(image, map, fill=fill), whole)
     plain = tri_stn.warp(image, map)
-    for fill in (0, 0.0, False, (0, 0.0), 0 * tensor):
+    for fill in (0, 0.0, False, np.int64(0), np.bool_(False), (0, 0.0), 0 * tensor):
         assert torch.equal(tri_stn.warp(image, map, fill=fill), plain)
 
 
@@ -189,7 +201,8 @@ def test_complex(backend):
     real, expected = tri_stn.warp(image.real, map, fill=(1.0, 3.0), return_mask=True)
     assert torch.equal(output, torch.complex(real, tri_stn.warp(image.imag, map, fill=(2.0, 0.0))))
     assert torch.equal(mask, expected) and mask.dtype == torch.float32
-    assert torch.equal(tri_stn.warp(image, map, fill=2j), tri_stn.warp(image, map, fill=(2j, 2j)))
+    for fill in ((2j, 2j), np.complex64(2j), np.full(2, 2j), [np.complex64(2j), 2j]):
+        assert torch.equal(tri_stn.warp(image, map, fill=2j), tri_stn.warp(image, map, fill=fill))
     assert torch.equal(tri_stn.warp(image, map, return_mask=True)[0], tri_stn.warp(image, map))
 
 
@@ -328,10 +341,11 @@ FUNCTIONS = [
     lambda x, t: vmap(sampled)(x[:, None], t[:, None]),
     lambda x, t: jvp(lambda *inputs: sampled(*inputs)[0], (x, t), (2 * x, t.sin())),
     lambda x, t: tri_stn.warp(x, tri_stn.Affine(t), fill=x.detach().amin((0, 2, 3))),
+    lambda x, t: tri_stn.warp(x, tri_stn.Affine(t), fill=MEAN),
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["pair", "border", "grad", "vmap", "jvp", "fill"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["pair", "border", "grad", "vmap", "jvp", "fill", "array"])
 @pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_compile(backend, image_and_theta, function):
     """In one graph, with the same results and gradients."""
@@ -388,7 +402,12 @@ IMAGE, MAP = torch.rand(2, 3, 4, 5), tri_stn.Affine(torch.rand(2, 2, 3))
         ({"fill": torch.ones(3, 1)}, ValueError, r"got shape \(3, 1\)"),
         ({"fill": torch.ones(3, requires_grad=True)}, ValueError, r"no derivative .* fill.detach\(\)"),
         ({"fill": torch.ones(3, device="meta")}, ValueError, "same device; got cpu and meta"),
-        ({"fill": "white"}, TypeError, "a sequence of C numbers or a tensor.*'white'"),
+        ({"fill": np.ones((3, 1))}, ValueError, r"got shape \(3, 1\)"),
+        ({"fill": torch.ones(3).to_sparse()}, TypeError, "dense tensor; got layout torch.sparse_coo"),
+        ({"fill": "white"}, TypeError, "a sequence of C numbers, an array.*'white' of type str"),
+        ({"fill": np.array("white")}, TypeError, "a sequence of C numbers, an array.*of type ndarray"),
+        ({"fill": list(torch.ones(3))}, TypeError, "of type list"),
+        ({"fill": np.complex64(1j)}, TypeError, "complex fill takes a complex input"),
         ({"fill": None}, TypeError, "got None"),
         ({"fill": 1j}, TypeError, "complex fill takes a complex input; got input of torch.float32"),
         ({"return_mask": 1}, TypeError, "return_mask must be True or False; got 1"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Literal, overload
+from numbers import Complex, Real
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -23,7 +25,13 @@ MOST_SAMPLES = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
-Fill = float | complex | Sequence[float] | Sequence[complex] | Tensor
+class Array(Protocol):
+    """Of NumPy: a number, or an array of them."""
+
+    def __array__(self) -> Any: ...
+
+
+Fill = float | complex | Sequence[float] | Sequence[complex] | Array | Tensor
 
 
 @overload
@@ -80,8 +88,8 @@ def warp(
         align_corners: whether -1 and 1 are the centres of the outermost pixels (True) or their
             outer edges (False), as in `torch.nn.functional.grid_sample`.
         fill: with padding_mode "zeros", the value of what lies outside the image, instead of 0: a number, C
-            numbers (which take a small copy to the device), or a tensor (C,) on the input's device, such
-            as the dataset's mean. A constant: it has no gradient, and `torch.vmap` does not map over it.
+            numbers or a NumPy array (C,) (which take a small copy to the device), or a tensor (C,) on the input's
+            device, such as the dataset's mean. A constant: it has no gradient, and `torch.vmap` does not map over it.
             One that is not finite marks what lies outside, but makes a gradient of the transform NaN.
         return_mask: also return how much of each output pixel comes from the image, from the same pass.
         antialias: average as many samples per output pixel as the map shrinks the image: along each axis k, the
@@ -426,9 +434,9 @@ def _check_projection(
         raise ValueError(f"project='max' takes a real input, as complex numbers have no order; got {input.dtype}.")
 
 
-def _check_fill(fill: object, input: Tensor, padding_mode: str) -> Tensor | None:
+def _check_fill(fill: Any, input: Tensor, padding_mode: str) -> Tensor | None:
     """The fill as (C,) numbers on the device, in the dtype that sums have; None for 0."""
-    is_number = isinstance(fill, (int, float, complex, torch.SymInt, torch.SymFloat))
+    is_number = isinstance(fill, (Complex, torch.SymInt, torch.SymFloat))
     if is_number and fill == 0:
         return None
     if padding_mode != "zeros":
@@ -436,19 +444,29 @@ def _check_fill(fill: object, input: Tensor, padding_mode: str) -> Tensor | None
             f"fill is for padding_mode 'zeros', where it is what lies outside the image; got {padding_mode!r}. "
             "Leave fill out."
         )
-    channels = input.shape[1]
+    channels, here = input.shape[1], input.device
+    if hasattr(fill, "__array__") and not isinstance(fill, Tensor) and not is_number:
+        with contextlib.suppress(TypeError):  # of numbers there are no tensors of, below
+            fill = torch.as_tensor(fill.copy(), device="cpu").to(here, non_blocking=True)  # no negative strides
     if isinstance(fill, Tensor):
         if fill.requires_grad:
             raise ValueError(autograd.FILL_IS_CONSTANT)
-        if fill.device != input.device:
-            raise ValueError(f"input and fill must be on the same device; got {input.device} and {fill.device}.")
+        if fill.layout != torch.strided:
+            raise TypeError(f"fill must be a dense tensor; got layout {fill.layout}. Convert it with .to_dense().")
+        if fill.dim() == 0:  # a number, which torch takes from the CPU for any device
+            fill = (fill.to(here, non_blocking=True) if fill.device.type == "cpu" else fill).expand(channels)
+        if fill.device != here:
+            raise ValueError(f"input and fill must be on the same device; got {here} and {fill.device}.")
         shape, is_complex = tuple(fill.shape), fill.is_complex()
-    elif isinstance(fill, Sequence) and all(isinstance(f, (int, float, complex)) for f in fill):
-        shape, is_complex = (len(fill),), any(isinstance(f, complex) for f in fill)
+    elif isinstance(fill, Sequence) and all(isinstance(f, Complex) for f in fill):
+        shape, is_complex = (len(fill),), not all(isinstance(f, Real) for f in fill)
     elif is_number:
-        shape, is_complex = (channels,), isinstance(fill, complex)
+        shape, is_complex = (channels,), not isinstance(fill, (Real, torch.SymInt, torch.SymFloat))
     else:
-        raise TypeError(f"fill must be a number, a sequence of C numbers or a tensor (C,); got {fill!r}.")
+        raise TypeError(
+            "fill must be a number, a sequence of C numbers, an array (C,) or a tensor (C,); got "
+            f"{fill!r} of type {type(fill).__name__}."
+        )
     if shape != (channels,):
         raise ValueError(
             f"fill must be one number, or one for each of the input's {channels} channels; got shape {shape}."
@@ -458,9 +476,10 @@ def _check_fill(fill: object, input: Tensor, padding_mode: str) -> Tensor | None
     dtype = torch.promote_types(input.dtype, torch.float32)
     if isinstance(fill, Tensor):
         return fill.to(dtype)
+    number: Any = complex if is_complex else float  # NumPy's as well
     if isinstance(fill, Sequence):
-        return torch.tensor(fill, dtype=dtype, device=input.device)
-    return torch.full((channels,), fill, dtype=dtype, device=input.device)  # type: ignore[call-overload]
+        return torch.tensor([number(f) for f in fill], dtype=dtype, device=here)
+    return torch.full((channels,), number(fill) if isinstance(fill, Complex) else fill, dtype=dtype, device=here)
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

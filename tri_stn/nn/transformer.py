@@ -169,6 +169,8 @@ def _tensor(name: str, given: Any, dtype: torch.dtype) -> Tensor:
     """Numbers or a tensor as a tensor with numbers in it, a given one where it is."""
     device = given.device if isinstance(given, Tensor) else real_device()
     try:
+        if hasattr(given, "__array__") and not isinstance(given, Tensor):
+            given = given.copy()  # torch takes no negative strides, and shares what it takes
         return torch.as_tensor(given, dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a number, several or a tensor; got {given!r}.") from error
