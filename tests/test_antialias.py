@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from covering import covering
 from test_warp import MODES, PADDING_MODES
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, vmap
+from torch.func import grad, jacfwd, vmap
 
 import tri_stn
 from tri_stn.testing import ARRANGEMENTS, assert_accurate
@@ -320,6 +320,45 @@ def test_function_transforms(backend):
     torch._dynamo.reset()
     compiled = torch.compile(sampled, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(image[0], theta[0].detach()), expected[0].detach())
+
+
+@pytest.mark.parametrize(
+    "backend,in_dims",
+    [("kernels", (0, None, 0)), *[("reference", dims) for dims in ((0, 0, 0), (0, None, None), (None, 0, None))]],
+    indirect=["backend"],
+)
+def test_vmap_of_a_chain(backend, in_dims):
+    """With the first derivatives around it; a spline, and a chain of a matrix and a field."""
+    theta, image = matrices(3, 2, 2.0).unsqueeze(1), picture(3, 2, 1, 5, 4)
+    points, field = 2 * picture(4, 2, seed=1) - 1, 0.2 * picture(3, 1, 2, 3, 2, seed=2)
+    moved = points + 0.2 * picture(3, 1, 4, 2, seed=3)
+    spline = lambda x, t, _: tri_stn.ThinPlateSpline(points.to(x), t)  # noqa: E731
+    chain = lambda x, t, f: tri_stn.Compose(tri_stn.Affine(t), tri_stn.Displacement(f))  # noqa: E731
+    for build, maps in ((spline, moved), (chain, theta)):
+        given = [
+            (t if dim == 0 else t[0]).to(backend).requires_grad_()
+            for t, dim in zip((image, maps, field), in_dims, strict=True)
+        ]
+        one = lambda *tensors: tri_stn.warp(tensors[0], build(*tensors), (2, 3), supersample=2)  # noqa: B023, E731
+        each = [[t if dim is None else t[i] for t, dim in zip(given, in_dims, strict=True)] for i in range(3)]
+        found = []
+        for output in (vmap(one, in_dims)(*given), torch.stack([one(*tensors) for tensors in each])):
+            used = given if build is chain else given[:2]
+            found.append([output, *torch.autograd.grad(output.square().sum(), used)])
+        torch.testing.assert_close(*found)
+
+
+def test_derivatives_that_a_chain_of_several_samples_lacks_are_refused(backend):
+    image = picture(1, 1, 5, 4).to(backend)
+
+    def loss(lattice):
+        return tri_stn.warp(image, tri_stn.FreeForm(lattice), (2, 3), antialias=True).sum()
+
+    lattice = torch.zeros(2, 1, 5, 5, 2, dtype=DOUBLE, device=backend)
+    for transform in (grad(loss), jacfwd(loss)):
+        for call in (transform, vmap(transform)):
+            with pytest.raises(NotImplementedError, match="take vmap alone"):
+                call(lattice if call is not transform else lattice[0])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from . import ops, points, reference
@@ -89,7 +91,10 @@ def _prepared(
     """The same arguments; a chain as a grid where its own derivatives would not do."""
     # Only the sums of a chain's own gradient depend on their order.
     deterministic = ops.is_deterministic() and torch.is_grad_enabled() and _differentiates(parameters, auxiliary)
-    if _is_chain(options) and (deterministic or torch._C._are_functorch_transforms_active()):
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and options[-1] != 1:  # a grid has no samples between its places
+        transformed = any(i.key() != TransformType.Vmap for i in retrieve_all_functorch_interpreters())
+    if _is_chain(options) and (deterministic or transformed):
         parameters, auxiliary, options = _as_grid(parameters, auxiliary, size, input.shape[2:], input.dtype, options)
     return input, parameters, auxiliary, fill, size, project, options
 
@@ -146,8 +151,9 @@ def _as_grid(
     kind, *rest, align_corners, supersample = options
     if supersample != 1:
         raise NotImplementedError(
-            f"Several samples per pixel through {kind!r} take no torch.func, and have first derivatives only, none of "
-            "them by deterministic algorithms. Leave antialias and supersample out there."
+            f"Several samples per pixel through {kind!r} have first derivatives only, by .backward() and "
+            "torch.autograd.grad, none of them by deterministic algorithms, and of torch.func take vmap alone. Leave "
+            "antialias and supersample out elsewhere."
         )
     grid = points.grid(kind, parameters, auxiliary, size, input_size, align_corners, reference.compute_dtype(dtype))
     return grid, None, ("grid", *rest, align_corners, supersample)
@@ -254,7 +260,7 @@ class _Warp(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
         _check_shared(in_dims[3])
-        return _vmap(_Warp, info, in_dims, *args, per=(1, 1, 0, 0))
+        return _vmap(_Warp, info, in_dims, *args, per=(1, 1, 1, 0))
 
 
 def _spread(grad_output: Tensor, size: Sequence[int], project: str) -> Tensor:
@@ -316,7 +322,7 @@ class _WarpWithMask(_Warp):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple:
         _check_shared(in_dims[3])
-        return _vmap(_WarpWithMask, info, in_dims, *args, per=(1, 1, 0, 0))
+        return _vmap(_WarpWithMask, info, in_dims, *args, per=(1, 1, 1, 0))
 
 
 def _torch_jvp(
