@@ -1,7 +1,10 @@
 """Parametric maps and chains of them: against grids built in fp64 by other means, and all their derivatives."""
 
+import copy
+import io
 import os
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -511,9 +514,29 @@ def test_what_is_registered_are_functions(which):
 
 def test_registered_maps_are_pickled_by_the_name_of_their_class():
     lens = RadialDistortion(torch.rand(2), torch.rand(2))
-    kind, copy = pickle.loads(pickle.dumps((RadialDistortion, lens)))
-    assert kind is RadialDistortion is type(copy)
-    assert torch.equal(copy.parameters, lens.parameters) and copy.batch == lens.batch
+    kind, other = pickle.loads(pickle.dumps((RadialDistortion, lens)))
+    assert kind is RadialDistortion is type(other)
+    assert torch.equal(other.parameters, lens.parameters) and other.batch == lens.batch
+
+
+def test_transforms_of_a_registered_map_are_copied_and_pickled_wherever_their_class_is(monkeypatch, tmp_path):
+    def copies(transform):
+        file = io.BytesIO()
+        torch.save(transform, file)
+        file.seek(0)
+        return copy.deepcopy(transform), pickle.loads(pickle.dumps(transform)), torch.load(file, weights_only=False)
+
+    hidden = tri_stn.register_transform("hidden", radial, radial_vjp, radial_in_torch, {"k": 2})
+    image, lens = torch.rand(2, 1, 4, 5), hidden(torch.rand(2, 2))
+    for other in copies(tri_stn.Compose(lens, tri_stn.Affine(torch.rand(2, 2, 3)))):
+        assert type(other.transforms[0]) is hidden and other.transforms[0].k is not lens.k
+        assert torch.equal(other.transforms[0].k, lens.k)
+    written = pickle.dumps(lens), pickle.dumps(RadialDistortion(torch.rand(2), torch.rand(2)))
+    monkeypatch.setattr(tri_stn.extend, "_CLASSES", {})  # as in a new process
+    monkeypatch.delitem(sys.modules, "user_maps")
+    with pytest.raises(pickle.UnpicklingError, match=r"'hidden', which test_chain registered.*Call tri_stn.register_t"):
+        pickle.loads(written[0])
+    assert tri_stn.warp(image, pickle.loads(written[1])).shape == image.shape  # by importing user_maps
 
 
 def test_registering_names_what_is_wrong():

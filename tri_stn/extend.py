@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +19,8 @@ from .transforms import Transform
 
 _LANES = 16
 _BUILT_IN = frozenset(points.LINKS)
+_CLASSES: dict[str, type[Transform]] = {}
+"""Of what is registered, by name."""
 
 
 def register_transform(
@@ -36,7 +40,8 @@ def register_transform(
 
     Args:
         name: letters, digits and underscores; not a built-in kind's. Registering a name again replaces it. It also
-            names the class, "log_polar" a LogPolar: under that name at the top of a module, it can be pickled.
+            names the class, "log_polar" a LogPolar. Its transforms can be pickled, and read where the name is
+            registered or the module that did so can be imported; under that name at the top of it, the class too.
         map: ``map(theta, point) → point``, a ``@triton.jit`` function at the top of a module: theta a tuple of
             scalars, in the order of `parameters`; points a tuple of ``dims`` blocks of lanes, normalised, x first. The
             output's point goes in, the point of the input that is read there comes out.
@@ -86,7 +91,8 @@ def register_transform(
     title = "".join(word.capitalize() for word in name.split("_"))
     body = {"kind": name, "dims": dims, "_lengths": lengths, "__doc__": f"{title}({', '.join(lengths)}): registered."}
     body["__module__"] = sys._getframe(1).f_globals.get("__name__", "__main__")  # where pickle looks for the class
-    return type(title, (_Registered,), body)
+    _CLASSES[name] = type(title, (_Registered,), body)
+    return _CLASSES[name]
 
 
 class _Registered(Transform):
@@ -115,6 +121,9 @@ class _Registered(Transform):
 
     batch = torch.Size()
 
+    def __reduce__(self) -> tuple:
+        return _restored, (self.kind, type(self).__module__, *[getattr(self, name) for name in self._lengths])
+
     @property
     def _names(self) -> list[str]:
         return list(self._lengths)
@@ -124,6 +133,18 @@ class _Registered(Transform):
         values = [getattr(self, n) if length else getattr(self, n).unsqueeze(-1) for n, length in self._lengths.items()]
         wide = functools.reduce(torch.promote_types, (v.dtype for v in values))
         return torch.cat([v.to(wide) for v in values], -1)
+
+
+def _restored(kind: str, module: str, *values: Tensor) -> Transform:
+    """A transform out of a pickle; in another process its module may not have been imported yet."""
+    if kind not in _CLASSES and module != "__main__":
+        importlib.import_module(module)
+    if kind not in _CLASSES:
+        raise pickle.UnpicklingError(
+            f"This holds a transform {kind!r}, which {module} registered where it was written. Call "
+            f"tri_stn.register_transform({kind!r}, …) before reading it."
+        )
+    return _CLASSES[kind](*values)
 
 
 def _check(
