@@ -109,7 +109,8 @@ def test_several_maps_per_image(backend):
 def test_one_sample_is_no_other_road(backend):
     image, theta = picture(1, 2, 6, 5).float().to(backend), matrices(1, 2).float().to(backend)
     plain = tri_stn.warp(image, tri_stn.Affine(theta), (4, 3))
-    assert torch.equal(tri_stn.warp(image, tri_stn.Affine(theta), (4, 3), supersample=1), plain)
+    for one in (1, np.int64(1)):
+        assert torch.equal(tri_stn.warp(image, tri_stn.Affine(theta), (4, 3), supersample=one), plain)
 
 
 TURN = (0.5**0.5, -(0.5**0.5), 0.5**0.5, 0.5**0.5)
@@ -367,6 +368,7 @@ def test_derivatives_that_a_chain_of_several_samples_lacks_are_refused(backend):
         (ValueError, "Leave one out", {"antialias": True, "supersample": 2}),
         (ValueError, "at least 1", {"supersample": 0}),
         (TypeError, "an integer", {"supersample": 2.0}),
+        (TypeError, "an integer", {"supersample": True}),
         (TypeError, "True or False", {"antialias": 1}),
         (ValueError, "2 \\*\\* 24", {"supersample": 2**23}),
     ],

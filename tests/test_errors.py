@@ -14,6 +14,10 @@ IMAGE = torch.rand(2, 3, 4, 5)
 THETA = torch.rand(2, 2, 3)
 
 
+def nested(layout):
+    return torch.nested.nested_tensor([*IMAGE], layout=layout)
+
+
 def affine(theta=THETA):
     return tri_stn.Affine(theta)
 
@@ -27,6 +31,8 @@ def affine(theta=THETA):
         (lambda: tri_stn.warp(IMAGE.long(), affine()), TypeError, "complex64, complex128; got torch.int64"),
         (lambda: tri_stn.warp(IMAGE.numpy(), affine()), TypeError, "torch.Tensor; got ndarray"),
         (lambda: tri_stn.warp(IMAGE.to_sparse(), affine()), TypeError, "dense tensor; got layout torch.sparse_coo"),
+        (lambda: tri_stn.warp(nested(torch.strided), affine()), TypeError, "one dense tensor; got a nested one"),
+        (lambda: tri_stn.warp(nested(torch.jagged), affine()), TypeError, "one dense tensor; got a nested one"),
         (lambda: tri_stn.warp(IMAGE, THETA), TypeError, r"tri_stn.Affine\(theta\); got Tensor"),
         (lambda: tri_stn.warp(IMAGE, affine(THETA[:1].repeat(3, 1, 1))), ValueError, "got 2 images and 3 maps"),
         (lambda: tri_stn.warp(IMAGE, affine(torch.rand(3, 4, 2, 3))), ValueError, "got 2 images and 3 maps"),

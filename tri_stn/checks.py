@@ -35,13 +35,14 @@ def check_size(name: str, size: object, dims: int) -> tuple[int, ...]:
     """A sequence of integers, numpy's among them, as those of Python."""
     try:
         if isinstance(size, Sequence):
-            return tuple([n if type(n) is int else _integer(n) for n in size])
+            return tuple([n if type(n) is int else integer(n) for n in size])
     except TypeError:
         pass
     raise TypeError(f"{name} must be a sequence of {dims} integers, ({axis_names(dims)}); got {size!r}.")
 
 
-def _integer(number: Any) -> int:
+def integer(number: Any) -> int:
+    """An integer, of NumPy too, as one of Python. Raises TypeError for what is none."""
     if isinstance(number, torch.SymInt):
         return number  # type: ignore[return-value]  # as good as one
     if isinstance(number, (bool, Tensor)):  # a tensor's number the device may still be computing

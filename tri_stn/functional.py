@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .checks import axis_names, check_size
+from .checks import axis_names, check_size, integer
 from .lazy import LazyGrid, check_align_corners
 from .transforms import Grid, Transform
 
@@ -352,6 +352,8 @@ def _check_call(
 def _check_input(input: Tensor) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a torch.Tensor; got {type(input).__name__}.")
+    if input.is_nested:
+        raise TypeError("input must be one dense tensor; got a nested one. Warp its .unbind() one by one, or pad them.")
     if input.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"input must be of dtype {allowed}; got {input.dtype}. Convert it, for example with .float().")
@@ -395,8 +397,13 @@ def _check_samples(transform: Transform, antialias: bool, supersample: int) -> i
     """Samples along each axis of an output pixel; 0 for as many as the map shrinks."""
     if not isinstance(antialias, bool):
         raise TypeError(f"antialias must be True or False; got {antialias!r}.")
-    if not isinstance(supersample, int) or isinstance(supersample, bool):
-        raise TypeError(f"supersample must be an integer, the samples along each axis; got {supersample!r}.")
+    if type(supersample) is not int:
+        try:
+            supersample = integer(supersample)
+        except TypeError:
+            raise TypeError(
+                f"supersample must be an integer, the samples along each axis; got {supersample!r}."
+            ) from None
     if supersample < 1:
         raise ValueError(f"supersample must be at least 1; got {supersample}.")
     if antialias and supersample != 1:
