@@ -7,9 +7,9 @@ the same bits every run.
 n: image; m: map; q: input pixel; p: output pixel, a candidate for touching q; c: channel.
 
 One program owns a tile of *input* pixels, or several where an image has one map, and a block of channels. It visits
-the output pixels that can touch them: for each map a few rows, for each row a few columns, bounded on the device by the
-transform's inverse. Every candidate is weighted by the forward's own expression, so exactly the
-pixels that the forward read take part. Both sums come out of the same visit.
+the output pixels that can touch them: for each map that reaches the tile a few rows, for each row a few columns,
+bounded on the device by the transform's inverse. Every candidate is weighted by the forward's own expression, so
+exactly the pixels that the forward read take part. Both sums come out of the same visit.
 
 Usually each lane owns one pixel q and visits its candidates one by one, as many columns of a row as the map lets
 any pixel have, or as its lanes ask for. Where a map magnifies so much that the candidates span more rows than the
