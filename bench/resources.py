@@ -12,10 +12,11 @@ import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -216,23 +217,28 @@ def all_cases() -> list[tuple[Case, str]]:
     return [(case, arch) for arch, some in on.items() for case in some]
 
 
-def measure(case: Case, arch: str) -> Resources:
-    """Compile one case and read its machine code."""
-    compiled = compile_case(case, arch)
-    code = _amd_code(compiled) if ARCHITECTURES[arch][0] == "hip" else _nvidia_code(compiled)
-    return Resources(case.kernel, case.stages, arch, shared_bytes=compiled.metadata.shared, **code)
-
-
 def measure_all(todo: list[tuple[Case, str]], workers: int | None = None) -> Iterator[Resources]:
-    """Measure in parallel processes, in order."""
+    """Compile in parallel processes and read the machine code, in order."""
     # Forking is safe here, as no thread of this process holds a lock yet, and spares each worker the import.
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        yield from pool.map(_measure_one, todo, chunksize=4)
+        compiled = zip(todo, pool.map(_compile_one, todo), strict=True)
+        for arch, rest in itertools.groupby(compiled, lambda item: item[0][1]):
+            while some := list(itertools.islice(rest, 32)):
+                binaries = [binary for _, (_, binary) in some]
+                codes = map(_amd_code, binaries) if _is_amd(arch) else _nvidia_codes(arch, binaries)
+                for ((case, _), (shared, _)), code in zip(some, codes, strict=True):
+                    yield Resources(case.kernel, case.stages, arch, shared_bytes=shared, **code)
 
 
-def _measure_one(item: tuple[Case, str]) -> Resources:
+def _compile_one(item: tuple[Case, str]) -> tuple[int, Any]:
+    """Bytes of shared memory, and the cubin or, for AMD, the assembler's text."""
     torch.set_num_threads(1)
-    return measure(*item)
+    compiled = compile_case(*item)
+    return compiled.metadata.shared, compiled.asm["amdgcn" if _is_amd(item[1]) else "cubin"]
+
+
+def _is_amd(arch: str) -> bool:
+    return ARCHITECTURES[arch][0] == "hip"
 
 
 def compile_case(case: Case, arch: str):
@@ -377,7 +383,7 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
 
     found: list = []
     run = JITFunction.run
-    vendor = "as on ROCm" if ARCHITECTURES[arch][0] == "hip" else None  # launchers ask torch for it, and remember
+    vendor = "as on ROCm" if _is_amd(arch) else None  # launchers ask torch for it, and remember
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         if self.__name__ == name:  # a launcher's other kernel is another case, perhaps in another process by now
@@ -392,34 +398,50 @@ def _compiling_for(arch: str, name: str) -> Iterator[list]:
         yield found
 
 
-def _nvidia_tool(name: str, *arguments: str) -> str:
-    """What a CUDA binary tool prints that Triton's wheel carries."""
+def _nvidia_tool(name: str, binary: bytes, *options: str) -> str:
+    """What a CUDA binary tool prints, of those in Triton's wheel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _nvidia_code(compiled) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(binary)
         file.flush()
-        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
-        sass = _nvidia_tool("nvdisasm", "-c", "-ndf", file.name)  # without data flow: half of the time, the same text
-    counts = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = [opcode for _, _, opcode, _ in _SASS.findall(sass) if opcode]
-    widths = Counter(_nvidia_width(op) for op in opcodes if op.startswith("LDG."))
-    atomics = [op for op in opcodes if re.match(r"(REDG?|ATOMG?)\b", op)]
-    return {
-        "registers": counts["REG"],
-        "spills": sum(op.startswith(("LDL", "STL")) for op in opcodes),
-        "local_bytes": counts["STACK"] + counts["LOCAL"],
-        "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
-        "loads_together": longest_run(opcodes, r"LDG\b", r"(STG|REDG?|ATOMG?)\b"),
-        "atomics": len(atomics),
-        "cas_loops": sum(".CAS" in op for op in atomics),
-        "instructions": nvidia_instructions(sass),
-    }
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia_codes(arch: str, cubins: Sequence[bytes]) -> Iterator[dict]:
+    """Disassembled together, as raw code: nvdisasm takes a third of a second to start, a hundredth for a kernel."""
+    texts = [_text(cubin) for cubin in cubins]
+    target = arch.upper().replace("_", "") + "a" * (int(arch[3:]) >= 90)  # as Triton compiles for it
+    # Without data flow: half of the time, the same text.
+    listing = iter(SASS.findall(_nvidia_tool("nvdisasm", b"".join(texts), "-ndf", "-b", target)))
+    for cubin, text in zip(cubins, texts, strict=True):
+        code = list(itertools.islice(listing, len(text) // 16))  # bytes of an instruction
+        opcodes = [opcode for _, _, opcode, _ in code]
+        usage = _nvidia_tool("cuobjdump", cubin, "-res-usage")
+        counts = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        widths = Counter(_nvidia_width(op) for op in opcodes if op.startswith("LDG."))
+        atomics = [op for op in opcodes if re.match(r"(REDG?|ATOMG?)\b", op)]
+        yield {
+            "registers": counts["REG"],
+            "spills": sum(op.startswith(("LDL", "STL")) for op in opcodes),
+            "local_bytes": counts["STACK"] + counts["LOCAL"],
+            "load_widths": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
+            "loads_together": longest_run(opcodes, r"LDG\b", r"(STG|REDG?|ATOMG?)\b"),
+            "atomics": len(atomics),
+            "cas_loops": sum(".CAS" in op for op in atomics),
+            "instructions": nvidia_instructions(code),
+        }
+    assert not list(listing)
+
+
+def _text(cubin: bytes) -> bytes:
+    """The machine code in an ELF file of one kernel: its one section that can be executed."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    (count,) = struct.unpack_from("<H", cubin, 0x3C)
+    sections = (struct.unpack_from("<8x4Q", cubin, table + 64 * i) for i in range(count))
+    (code,) = [cubin[start : start + size] for flags, _, start, size in sections if flags & 4]
+    return code
 
 
 def longest_run(opcodes: Iterable[str], counted: str, end: str) -> int:
@@ -431,31 +453,30 @@ def longest_run(opcodes: Iterable[str], counted: str, end: str) -> int:
     return longest
 
 
-_SASS = re.compile(r"^(\.L\w+):|^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", re.MULTILINE)
-"""A label, or an instruction's predicate, opcode and operands."""
+SASS = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", re.MULTILINE)
+"""An instruction's address, predicate, opcode and operands."""
 
 
-def nvidia_instructions(sass: str) -> list[int]:
-    """How many instructions lie at each level of loops, in what nvdisasm prints.
+def nvidia_instructions(listing: Iterable[tuple[str, str, str, str]]) -> list[int]:
+    """How many instructions lie at each level of loops, of what `SASS` finds in what nvdisasm prints of raw code.
 
-    A loop is everything from a label to the last branch back to it. That assumes what ptxas does: it keeps a loop
-    in one piece, and puts what is rarely needed (a slow path, the 64-bit division that is called) behind an EXIT or
-    a return that always happens. A branch from there back into the main code closes no loop, and such a block counts
-    as outside of loops, wherever it is entered from.
+    A loop is everything from an instruction to the last branch back to it. That assumes what ptxas does: it keeps a
+    loop in one piece, and puts what is rarely needed (a slow path, the 64-bit division that is called) behind an EXIT
+    or a return that always happens. A branch from there back into the main code closes no loop, and such a block
+    counts as outside of loops, wherever it is entered from.
     """
-    labels: dict[str, int] = {}
+    places: dict[int, int] = {}  # of each address, the instruction there or, of padding, behind it
     code: list[tuple[str, str, str]] = []
-    for label, predicate, opcode, operands in _SASS.findall(sass):
-        if label:
-            labels[label] = len(code)
-        elif opcode != "NOP":
+    for address, predicate, opcode, operands in listing:
+        places[int(address, 16)] = len(code)
+        if opcode != "NOP":
             code.append((predicate, opcode, operands))
     ends: dict[int, int] = {}  # of each loop's first instruction, its last
     padding, start = set(), 0  # where the code begins that no EXIT or return cuts off
     for i, (predicate, opcode, operands) in enumerate(code):
-        target = re.search(r"`\((\.L\w+)\)", operands)
+        target = re.search(r"\b0x([0-9a-f]+)\s*$", operands)
         if target and opcode.startswith("BRA"):
-            head = labels[target.group(1)]
+            head = places[int(target.group(1), 16)]
             if head == i:
                 padding.add(i)  # a branch to itself, behind the end
             elif start <= head < i:
@@ -476,9 +497,7 @@ def _nvidia_width(opcode: str) -> str:
     return match.group(1) if match else "32"
 
 
-def _amd_code(compiled) -> dict:
-    code = compiled.asm["amdgcn"]
-
+def _amd_code(code: str) -> dict:
     def metadata(key: str) -> int:
         return int(re.search(rf"^\s+\.{key}:\s+(\d+)", code, re.MULTILINE).group(1))  # type: ignore[union-attr]
 

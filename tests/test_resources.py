@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.resources import ARCHITECTURES, all_cases, amd_instructions, longest_run, nvidia_instructions
+from bench.resources import ARCHITECTURES, SASS, all_cases, amd_instructions, longest_run, nvidia_instructions
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,42 +175,33 @@ def test_loads_together_end_at_a_store_or_an_atomic():
 
 
 NESTED = """
-.text.kernel:
         /*0000*/                   S2R R0, SR_TID.X ;
         /*0010*/              @!P0 EXIT ;
-.L_x_0:
         /*0020*/                   IADD3 R0, R0, 0x1, RZ ;
-        /*0030*/               @P1 BRA `(.L_x_4) ;
-.L_x_1:
-        /*0040*/                   BSSY B0, `(.L_x_2) ;
-        /*0050*/              @!P2 BRA `(.L_x_2) ;
-        /*0060*/               @P1 BRA `(.L_x_0) ;
-.L_x_2:
+        /*0030*/               @P1 BRA 0x110 ;
+        /*0040*/                   BSSY B0, 0x70 ;
+        /*0050*/              @!P2 BRA 0x70 ;
+        /*0060*/               @P1 BRA 0x20 ;
         /*0070*/                   BSYNC B0 ;
         /*0080*/                   FADD R1, R1, R0 ;
         /*0090*/               @P3 LDG.E R2, desc[UR4][R2.64] ;
-.L_x_3:
         /*00a0*/                   FFMA R1, R1, R2, R1 ;
-        /*00b0*/               @P3 BRA `(.L_x_3) ;
-        /*00c0*/                   BRA.U UP0, `(.L_x_0) ;
-.L_x_5:
+        /*00b0*/               @P3 BRA 0xa0 ;
+        /*00c0*/                   BRA.U UP0, 0x20 ;
         /*00d0*/                   NOP ;
         /*00e0*/                   STG.E desc[UR4][R2.64], R1 ;
-        /*00f0*/               @P0 BRA `(.L_x_5) ;
+        /*00f0*/               @P0 BRA 0xd0 ;
         /*0100*/                   EXIT ;
-.L_x_4:
         /*0110*/                   MUFU.RCP R1, R1 ;
-        /*0120*/                   BRA `(.L_x_1) ;
-.L_x_6:
-        /*0130*/                   BRA `(.L_x_6);
+        /*0120*/                   BRA 0x40 ;
+        /*0130*/                   BRA 0x130;
         /*0140*/                   NOP;
-.L_x_7:
 """
 
 
 def test_instructions_are_counted_by_level():
     """An inner loop, a loop beside the outer one, a block behind the end that returns into it, and padding."""
-    assert nvidia_instructions(NESTED) == [2 + 1 + 2, 9 + 2, 2]
+    assert nvidia_instructions(SASS.findall(NESTED)) == [2 + 1 + 2, 9 + 2, 2]
 
 
 def test_instructions_are_counted_by_level_on_amd():
