@@ -108,12 +108,19 @@ MODES, PADDING_MODES = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "
 
 
 def cases(
-    kind: str, modes: tuple[str, ...] = MODES, padding_modes: tuple[str, ...] = PADDING_MODES, **fixed: Any
+    kind: str,
+    modes: tuple[str, ...] = MODES,
+    padding_modes: tuple[str, ...] = PADDING_MODES,
+    image_alone: bool = False,
+    **fixed: Any,
 ) -> list[Case]:
-    """Every kernel that a transform's launchers can start, with every combination of its stages."""
+    """Every kernel that a transform's launchers can start, with every combination of its stages. The image's gradient
+    alone, `image_alone`, is a part of what a kernel does for the parameters' too, and never took more registers.
+    """
     result = []
     for mode, padding_mode in itertools.product(modes, padding_modes):
-        gradients = (False,) if mode == "nearest" else (True, False)  # nearest has none in the transform
+        # Nearest has none in the transform.
+        gradients = (False,) if mode == "nearest" else (True, False) if image_alone else (True,)
         walks = kind == "affine"
         result.append(Case("gather", mode, padding_mode, kind=kind, **fixed))
         if walks and padding_mode != "reflection":  # the walk sees only whether the padding folds
@@ -123,6 +130,11 @@ def cases(
         if mode != "nearest":
             result.append(Case("reduce", mode, padding_mode, kind=kind, **fixed))
     return result
+
+
+def mixed(kind: str, **fixed: Any) -> list[Case]:
+    """The same with every mode and every padding, but not every pair of them: neither sees the other."""
+    return cases(kind, ("bilinear",), **fixed) + cases(kind, ("nearest", "bicubic"), ("border",), **fixed)
 
 
 CHAINS = (
@@ -136,31 +148,33 @@ CHAINS = (
 
 
 def all_cases() -> list[tuple[Case, str]]:
-    """What the tests compile: every combination of stages for every architecture, and on one
-    architecture the dtypes, layouts, dimensions and shapes that specialise it further.
+    """What the tests compile: every stage for every architecture, and on one of them every combination of stages and
+    the dtypes, layouts, dimensions and shapes that specialise it further.
     """
     wide: dict[str, Any] = {"dtype": "bfloat16", "channels_last": True}
-    linear, folding = ("bilinear",), ("border",)
-    everywhere = [*cases("affine"), *cases("grid", **wide), *cases("displacement", linear, ("zeros",))]
-    once = [*cases("affine", **wide), *cases("grid", linear), *cases("grid", linear, folding, channels=3)]
+    linear, smooth, folding, mirrored = ("bilinear",), ("bilinear", "bicubic"), ("border",), ("reflection",)
+    everywhere = mixed("affine") + cases("displacement", linear, ("zeros",))
+    everywhere += cases("grid", smooth, mirrored, **wide) + cases("grid", ("nearest",), folding, **wide)
+    once = cases("affine", image_alone=True) + cases("grid", image_alone=True, **wide) + mixed("affine", **wide)
+    once += cases("grid", linear, ("zeros", "reflection")) + cases("grid", linear, folding, channels=3)
     for dtype, channels_last in (("float32", True), ("bfloat16", False), ("float64", False), ("float64", True)):
-        once += cases("affine", linear, dtype=dtype, channels_last=channels_last)
-    for shape in ({"channels": 3}, {"channels": 3, **wide}, {"size": (1, 9)}, {"align_corners": True}, {"far": True}):
+        once += cases("affine", linear, ("zeros", "border"), dtype=dtype, channels_last=channels_last)
+    for shape in ({"channels": 3}, {"channels": 3, **wide}, {"size": (1, 9)}, {"far": True}):
         once += cases("affine", linear, folding, **shape)
+    once += cases("grid", linear, mirrored, align_corners=True)  # of a matrix, the host takes care of it
     once += cases("affine", linear, folding, size=(256,))
     for dtype, channels in itertools.product(("float32", "bfloat16"), (1, 3)):
         few = cases("affine", linear, ("zeros",), dtype=dtype, channels=channels)
-        once += [case for case in few if case.kernel in ("gather", "walk") and case.need_parameters]
+        once += [case for case in few if case.kernel in ("gather", "walk")]
     once.append(Case("scatter", "bilinear", "zeros", kind="displacement", channels=3))
     for size in _SMALL_SIZES:
         once += cases("affine", linear, folding, size=size)
     once += cases("grid", linear, ("zeros",), size=(14, 14)) + cases("grid", linear, ("zeros",), size=(1, 512), **wide)
-    once += cases("projective", ("bilinear", "bicubic"), ("reflection",)) + cases("projective", linear, folding, **wide)
+    once += cases("projective", smooth, mirrored) + cases("projective", linear, folding, **wide)
     once += cases("projective", linear, ("zeros",), size=(6, 8, 16)) + cases("pixel_displacement", linear, ("zeros",))
     once += cases("projective", linear, folding, tangent=True)
     once += cases("affine", ("bilinear", "nearest"), ("zeros", "reflection"), size=(6, 8, 16))
-    folded = Case("walk", "bilinear", "border", size=(6, 8, 16))
-    once += [folded, replace(folded, need_parameters=False)]
+    once.append(Case("walk", "bilinear", "border", size=(6, 8, 16)))
     once += cases("affine", ("bicubic",), ("zeros",), size=(6, 8, 16)) + cases(
         "grid", MODES, ("zeros",), size=(6, 8, 16)
     )
@@ -183,7 +197,6 @@ def all_cases() -> list[tuple[Case, str]]:
     volume = Case("gather", "bilinear", "zeros", size=(6, 16, 32))
     once += [replace(volume, project=project) for project in ("sum", "argmax")]
     once += [replace(volume, project="sum", tangent=True), replace(volume, project="sum", **wide)]
-    smooth = ("bilinear", "bicubic")
     fixed = [
         *cases("affine", smooth, folding),
         *cases("grid", smooth, folding),
@@ -193,28 +206,28 @@ def all_cases() -> list[tuple[Case, str]]:
     filled = cases("grid", linear, ("zeros",)) + cases("affine", ("bicubic",), ("zeros",), size=(6, 8, 16))
     for more in ({}, {"tangent": True}, wide):
         filled += cases("affine", linear, ("zeros",), **more)
-    once += [replace(case, fill=True) for case in filled if case.need_parameters]  # the image's gradient has no fill
+    once += [replace(case, fill=True) for case in filled]
     once += [replace(cases("affine", linear, folding)[0], fill=True)]  # the mask alone
     loops = cases("affine", linear, folding) + cases("projective", linear, folding, size=(6, 8, 16))
     loops = [replace(case, large=True) for case in loops if case.kernel in ("scatter", "reduce")]
-    loops = [case for case in loops if case.need_parameters]
-    everywhere += loops
+    everywhere = loops + everywhere  # the longest first: no worker is to wait for one at the end
     larger = cases("affine", linear, folding, **wide) + cases("affine", linear, folding, supersample=0)
     larger += cases("projective", linear, folding, tangent=True) + cases("affine", linear, folding, tangent=True)
     larger += cases("affine", linear, ("zeros",), size=(6, 8, 16)) + cases("affine", ("bicubic",), ("reflection",))
     once += [replace(case, large=True) for case in larger if case.kernel == "reduce"]
     owners = [case for case in cases("affine", linear, ("zeros", "border")) if case.kernel in ("gather", "walk")]
-    owners = [replace(case, size=size) for case in owners if case.need_parameters for size in ((48, 64), (6, 8, 16))]
+    owners = [replace(case, size=size) for case in owners for size in ((48, 64), (6, 8, 16))]
     once += [replace(case, large=True, channels=3) for case in owners if case.padding_mode == "zeros"]
     walks = [case for case in owners if case.kernel == "walk"]
     once += [replace(case, large=True) for case in walks]
     once += [replace(case, maps=3, **more) for case in walks for more in ({}, wide)]
     hungry = cases("grid", ("bicubic",), ("zeros",), channels_last=True, tangent=True)
+    hungry += cases("grid", ("bicubic",), ("zeros", "border"), **wide)
     hungry.append(replace(volume, project="sum", tangent=True, fill=True))
     on = dict.fromkeys(ARCHITECTURES, everywhere)
     on["sm_80"] = everywhere + hungry  # whose compiler spills first
     on["sm_90"] = everywhere + once
-    return [(case, arch) for arch, some in on.items() for case in some]
+    return [(case, arch) for arch, some in on.items() for case in dict.fromkeys(some)]
 
 
 def measure_all(todo: list[tuple[Case, str]], workers: int | None = None) -> Iterator[Resources]:
