@@ -226,7 +226,7 @@ def test_gradcheck(backend, sampling, mode, padding_mode):
     choice = {"antialias": True} if k == 0 else {"supersample": k}
 
     def sample(image, theta):
-        return tri_stn.warp(image, transform(theta), (3, 2), mode=mode, padding_mode=padding_mode, **choice)
+        return tri_stn.warp(image, transform(theta), (3, 3), mode=mode, padding_mode=padding_mode, **choice)
 
     assert gradcheck(sample, inputs, check_forward_ad=True, fast_mode=True)
     assert gradgradcheck(sample, inputs, check_fwd_over_rev=True, fast_mode=True)
