@@ -76,6 +76,9 @@ def gather_kernel(
         numbers, parameters_strides, output_size, input_size, units, LOAD, ONCE, ALIGN_CORNERS, COMPUTE, INDEX
     )
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
+    stop = start + 1  # one block of channels, without a test whether it exists
+    if CHANNELS_PER_PROGRAM > UNROLL * BLOCK_C:
+        stop = tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
     for tile in range(first_tile, first_tile + TILES):
         p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)
 
@@ -88,13 +91,7 @@ def gather_kernel(
                 TANGENT, COVERS, ALIGN_CORNERS, COMPUTE, INDEX, AXES, ORDER,
             )  # fmt: skip
 
-        for first in range(
-            start,
-            tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
-            if CHANNELS_PER_PROGRAM > UNROLL * BLOCK_C
-            else start + 1,
-            UNROLL * BLOCK_C,
-        ):
+        for first in range(start, stop, UNROLL * BLOCK_C):
             outputs = tuples.zeros(UNROLL, (lanes(BLOCK), BLOCK_C), COMPUTE)
             largest = outputs
             indices = outputs
