@@ -76,8 +76,9 @@ def gather_kernel(
         numbers, parameters_strides, output_size, input_size, units, LOAD, ONCE, ALIGN_CORNERS, COMPUTE, INDEX
     )
     start = tl.program_id(1) * CHANNELS_PER_PROGRAM
-    stop = start + 1  # one block of channels, without a test whether it exists
-    if CHANNELS_PER_PROGRAM > UNROLL * BLOCK_C:
+    # One block of channels, without a test whether it exists; in channels_last that costs registers.
+    stop = start + 1
+    if CHANNELS_PER_PROGRAM > UNROLL * BLOCK_C or BLOCK_C > 1:
         stop = tl.minimum(start + CHANNELS_PER_PROGRAM, channels)
     for tile in range(first_tile, first_tile + TILES):
         p, mask = tile_index(tile, tl.arange(0, lanes(BLOCK)), output_size, divisors[2:], BLOCK)

@@ -245,11 +245,11 @@ def _visit(
                 )  # fmt: skip
                 for corner_id in tl.static_range(TAPS**AXES):
                     weights, slopes, curvatures, where, inside, direct = corner(
-                        taps + last_taps, corner_id, wanted, TAPS, ORDER
+                        taps + last_taps, corner_id, True, TAPS, ORDER
                     )
                     if FOLDED_ONLY and TAPS > 2:  # a cubic sample folds tap by tap
                         inside &= ~direct
-                    corner_mask = block_mask(inside, c, channels, WHOLE)
+                    corner_mask = block_mask(inside & wanted, c, channels, WHOLE)
                     value = load_block(input_ptr, where, c, input_strides, corner_mask, INDEX, COMPUTE)
                     dot = _some(value * grad_output, AT_ONCE)
                     tangent_dot = dot
@@ -276,7 +276,7 @@ def _visit(
             )  # fmt: skip
     if DOTS:
         for corner_id in tl.static_range(TAPS**AXES):
-            weights, slopes, curvatures, _where, _inside, _direct = corner(taps, corner_id, wanted, TAPS, ORDER)
+            weights, slopes, curvatures, _where, _inside, _direct = corner(taps, corner_id, True, TAPS, ORDER)
             grad_x, held_grad_x = _slopes(
                 grad_x, held_grad_x, weights, slopes, curvatures, t,
                 dots[corner_id], tangent_dots[corner_id] if INPUT_TANGENT else dots[corner_id],
@@ -306,31 +306,32 @@ def _add(
                 WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, ORDER,
             )  # fmt: skip
             for corner_id in tl.static_range(TAPS**AXES):
-                adds = wanted
-                if SHARES:
-                    adds = wanted | takes if corner_id % 2 == 0 else wanted & ~gives
-                weights, slopes, _, where, inside, direct = corner(taps + last_taps, corner_id, adds, TAPS, ORDER)
+                weights, slopes, _, where, inside, direct = corner(taps + last_taps, corner_id, True, TAPS, ORDER)
                 if FOLDED_ONLY and TAPS > 2:
                     inside &= ~direct
                 weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
                 added = weight[:, None] * grad_output
                 if MEASURE:
-                    size = tl.where(block_mask(inside, c, channels, WHOLE), tl.abs(added), 0.0)
+                    size = tl.where(block_mask(inside & wanted, c, channels, WHOLE), tl.abs(added), 0.0)
                     largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
                 else:
+                    adds = wanted
                     if SHARES and corner_id % 2 == 0:
                         right, right_slopes, _, _where, _inside, _direct = corner(
-                            taps + last_taps, corner_id + 1, wanted, TAPS, ORDER
+                            taps + last_taps, corner_id + 1, True, TAPS, ORDER
                         )
                         weight = product_jvp(right, right_slopes, t) if TANGENT else product(right)
                         if TANGENT:  # which may not be finite where nothing is wanted
                             added = tl.where(wanted[:, None], added, 0.0)
                         passed = _neighbour(weight[:, None] * grad_output, -1, BLOCK)
                         added += tl.where(takes[:, None], passed, 0.0)
+                        adds = wanted | takes
+                    elif SHARES:
+                        adds = wanted & ~gives
                     tl.atomic_add(
                         corner_pointers(grad_input_ptr, where, c, strides, INDEX),
                         tl.floor(added * scale + 0.5).to(tl.int64) if FIXED else added,
-                        mask=block_mask(inside, c, channels, WHOLE),
+                        mask=block_mask(inside & adds, c, channels, WHOLE),
                         sem="relaxed",
                     )
     return largest
