@@ -141,7 +141,7 @@ def gather_kernel(
                             )  # fmt: skip
                             for corner_id in tl.static_range(TAPS**AXES):
                                 weights, slopes, _, where, inside, _ = corner(
-                                    taps + last_taps, corner_id, wanted, TAPS, ORDER
+                                    taps + last_taps, corner_id, TAPS, ORDER, wanted
                                 )
                                 readable = block_mask(inside, c, channels, WHOLE)
                                 weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)

@@ -170,7 +170,7 @@ def _tap(corner_id, axis, taps):
 
 
 @triton.jit
-def corner(taps, corner_id: tl.constexpr, wanted, TAPS: tl.constexpr, ORDER: tl.constexpr):
+def corner(taps, corner_id: tl.constexpr, TAPS: tl.constexpr, ORDER: tl.constexpr, wanted=True):
     """One of the TAPS ** dims pixels: along each axis its weight and ORDER derivatives; where it lies; of the samples
     that are wanted, whether it is inside, and whether it is so unfolded.
 

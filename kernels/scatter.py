@@ -245,7 +245,7 @@ def _visit(
                 )  # fmt: skip
                 for corner_id in tl.static_range(TAPS**AXES):
                     weights, slopes, curvatures, where, inside, direct = corner(
-                        taps + last_taps, corner_id, True, TAPS, ORDER
+                        taps + last_taps, corner_id, TAPS, ORDER
                     )
                     if FOLDED_ONLY and TAPS > 2:  # a cubic sample folds tap by tap
                         inside &= ~direct
@@ -276,7 +276,7 @@ def _visit(
             )  # fmt: skip
     if DOTS:
         for corner_id in tl.static_range(TAPS**AXES):
-            weights, slopes, curvatures, _where, _inside, _direct = corner(taps, corner_id, True, TAPS, ORDER)
+            weights, slopes, curvatures, _where, _inside, _direct = corner(taps, corner_id, TAPS, ORDER)
             grad_x, held_grad_x = _slopes(
                 grad_x, held_grad_x, weights, slopes, curvatures, t,
                 dots[corner_id], tangent_dots[corner_id] if INPUT_TANGENT else dots[corner_id],
@@ -306,7 +306,7 @@ def _add(
                 WEIGHT, WEIGHT_VJP, WEIGHT_CURVATURE, TAPS, 1, ORDER,
             )  # fmt: skip
             for corner_id in tl.static_range(TAPS**AXES):
-                weights, slopes, _, where, inside, direct = corner(taps + last_taps, corner_id, True, TAPS, ORDER)
+                weights, slopes, _, where, inside, direct = corner(taps + last_taps, corner_id, TAPS, ORDER)
                 if FOLDED_ONLY and TAPS > 2:
                     inside &= ~direct
                 weight = product_jvp(weights, slopes, t) if TANGENT else product(weights)
@@ -318,7 +318,7 @@ def _add(
                     adds = wanted
                     if SHARES and corner_id % 2 == 0:
                         right, right_slopes, _, _where, _inside, _direct = corner(
-                            taps + last_taps, corner_id + 1, True, TAPS, ORDER
+                            taps + last_taps, corner_id + 1, TAPS, ORDER
                         )
                         weight = product_jvp(right, right_slopes, t) if TANGENT else product(right)
                         if TANGENT:  # which may not be finite where nothing is wanted

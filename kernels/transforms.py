@@ -77,7 +77,7 @@ def affine_bounds(coefficients, input_size, output_size, RADIUS: tl.constexpr):
     pixels; how many columns a row's candidates of a pixel span at most, 0 where that must be asked of the
     pixels themselves; and whether its box has no more, so that rows need not be asked.
 
-    A box is conditioned by the determinant; where it vanishes, their bounds become infinite or NaN, and clamping makes
+    A box is conditioned by the determinant; where it vanishes, its bounds become infinite or NaN, and clamping makes
     them the whole axis.
     """
     dims: tl.constexpr = len(input_size)
@@ -170,7 +170,7 @@ def affine_columns(bounds, coefficients, row, q, output_size):
 def affine_meets(coefficients, first, last, input_size, output_size, RADIUS: tl.constexpr):
     """Whether the whole output's bounding box in the input reaches the pixels from first to last; false for NaN."""
     dims: tl.constexpr = len(input_size)
-    meets = coefficients[0] == coefficients[0]
+    meets = True
     for a in tl.static_range(dims):
         translation = coefficients[a * (dims + 1) + dims]
         centre = translation + middle(input_size[a], translation.dtype)

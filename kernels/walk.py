@@ -99,12 +99,13 @@ def walk_kernel(
 
     # Of many maps few reach a tile: lanes ask one each, and the walk goes from one that does to the next.
     for first_map in range(0, 1 if ONE_MAP else maps, LANES):
+        own = first_map + lane
         meets, meeting = lane == 0, 1
         if not ONE_MAP:
-            asked = tl.minimum(first_map + lane, maps - 1)
-            meets = (first_map + lane < maps) & MEETS(
+            exists = own < maps
+            meets = exists & MEETS(
                 LOAD(
-                    parameters_ptr + asked * parameters_strides[1],
+                    parameters_ptr + tl.minimum(own, maps - 1) * parameters_strides[1],
                     None, None, None, None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
                 ),
                 tile_index(first_tile, first_tile * 0, input_size, divisors[1:], BLOCK)[0],
@@ -113,11 +114,11 @@ def walk_kernel(
             )  # fmt: skip
             meeting = tl.sum(meets.to(tl.int32))
             for i in tl.static_range(len(BLOCK) * (len(BLOCK) + 1) if NEED_PARAMETERS else 0):
-                at = gradients_ptr + tl.cast(asked, INDEX) * gradients_strides[1] + i
-                tl.store(at, tl.zeros((LANES,), COMPUTE), mask=(first_map + lane < maps) & ~meets)
+                at = gradients_ptr + tl.cast(own, INDEX) * gradients_strides[1] + i
+                tl.store(at, tl.zeros((LANES,), COMPUTE), mask=exists & ~meets)
         k = first_map - 1
         for _map in range(meeting):
-            k = 0 if ONE_MAP else tl.min(tl.where(meets & (first_map + lane > k), first_map + lane, maps))
+            k = 0 if ONE_MAP else tl.min(tl.where(meets & (own > k), own, maps))
             coefficients = LOAD(
                 parameters_ptr + k * parameters_strides[1],
                 None, None, None, None, None, input_size, output_size, units, ALIGN_CORNERS, COMPUTE, INDEX, False,
