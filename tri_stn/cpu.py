@@ -31,6 +31,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from . import cpu_rows
 from .cpu_maps import Maps
 from .reference import compute_dtype
 
@@ -69,6 +70,8 @@ def warp(
     maps = Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, padding_mode, align_corners)
     if maps is None:
         return None
+    if cpu_rows.suits(input, layout != torch.contiguous_format):
+        return None if mode == "bicubic" else cpu_rows.warp(input, maps, mode)
     sample = torch.grid_sampler_2d if maps.dims == 2 else torch.grid_sampler_3d
     options = _MODES["nearest" if maps.are_on_pixels else mode], _PADDINGS[padding_mode], align_corners
     copied = layout != torch.contiguous_format or input.dtype != maps.dtype or maps.per_image > 1 or _is_alone(input)
@@ -116,6 +119,11 @@ def warp_backward(
     maps = Maps.of(parameters, shape, grad_output.shape[2:], dtype, kind, mode, padding_mode, align_corners)
     if maps is None:
         return None
+    if cpu_rows.suits(grad_output, layout != torch.contiguous_format):
+        if mode == "bicubic":
+            return None
+        grad_image, change = cpu_rows.warp_backward(grad_output, input, maps, need_input, need_parameters, mode)
+        return grad_image, None if change is None else change.view(parameters.shape).to(parameters.dtype)
     back = torch.ops.aten.grid_sampler_2d_backward if maps.dims == 2 else torch.ops.aten.grid_sampler_3d_backward
     mode = "nearest" if maps.are_on_pixels and not need_parameters else mode
     options = _MODES[mode], _PADDINGS[padding_mode], align_corners, [need_input, need_parameters]

@@ -158,6 +158,23 @@ class Maps:
             for start in range(0, height, band)
         ]
 
+    def equal_parts(self, each: int, copied: int) -> list[Part]:
+        """The same both ways: the whole, where samples of `each` bytes are no more than CHUNK_BYTES; else some maps, or
+        some rows of one, for which they are, with the bytes that are `copied` of each besides.
+        """
+        of_map, height = math.prod(self.size), self.size[0]
+        samples = CHUNK_BYTES // each
+        if of_map * self.count > samples:
+            samples = CHUNK_BYTES // (each + copied)
+        maps, band = max(1, samples // of_map), height if of_map <= samples else max(1, samples * height // of_map)
+        if self.kind == _SPLINE:
+            band = min(height, max(1, band // self._block) * self._block)
+        return [
+            Part(slice(None), first, min(first + maps, self.count), start, min(start + band, height), 1)
+            for first in range(0, self.count, maps)
+            for start in range(0, height, band)
+        ]
+
     def _together(self, maps: int, apart: bool) -> int:
         """How many of a part's maps share a grid: those of an image, where there are several images. Those of one image
         may stay apart, which is slower where each fills few vectors.

@@ -79,15 +79,14 @@ def _warp_forward(
     size: Sequence[int], project: str, return_mask: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tensors = (input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
-    rows = cpu_rows.suits(input, is_channels_last(input))
-    if not rows and not project and not return_mask and _is_plain(input, *tensors[2:], *options):
+    if not project and not return_mask and _is_plain(input, *tensors[2:], *options):
         plain = cpu.warp(input, parameters, size, _memory_format(input, input.dim()), *options[:-1])
         if plain is not None:
             return plain, input.new_empty(0)
     output, mask = _allocate_output(*tensors, size, project, return_mask)
     if output.numel():
         with torch.cuda.device_of(input):  # where Triton launches; for CPU tensors it does nothing
-            _backend(input, rows).gather(
+            _backend(input, cpu_rows.suits(input, is_channels_last(input))).gather(
                 output, *tensors, mask=mask if return_mask else None, **_named(options), **_projection(project, size)
             )
     elif mask.numel():  # no channels, and a mask all the same
@@ -149,9 +148,8 @@ def _warp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = (grad_output, input, parameters, auxiliary, fill, input_tangent, parameters_tangent)
     needs = (need_input, need_parameters, need_auxiliary)
-    rows = cpu_rows.suits(grad_output, channels_last)
-    if not rows and _is_plain(grad_output, *tensors[3:], *options):
-        layout = _CHANNELS_LAST[grad_output.dim()] if need_input and channels_last else torch.contiguous_format
+    if _is_plain(grad_output, *tensors[3:], *options):
+        layout = _CHANNELS_LAST[grad_output.dim()] if channels_last else torch.contiguous_format
         plain_gradients = cpu.warp_backward(*tensors[:3], input_size, layout, *needs[:2], *options[:-1])
         if plain_gradients is not None:
             grad_input, grad_parameters = plain_gradients
@@ -169,7 +167,9 @@ def _warp_backward(
         return gradients
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     with torch.cuda.device_of(grad_output):
-        _backend(grad_output, rows).adjoint(*wanted, *tensors, **_named(options), deterministic=is_deterministic())
+        _backend(grad_output, cpu_rows.suits(grad_output, channels_last)).adjoint(
+            *wanted, *tensors, **_named(options), deterministic=is_deterministic()
+        )
     return gradients
 
 

@@ -1,0 +1,214 @@
+"""Images of many channels in channels_last on the CPU, whose pixels are rows of a table: right by the others' tests.
+
+Here `backend` is the CPU with every image that rows could hold read by rows, whatever its channels and its layout.
+"""
+
+import pytest
+import torch
+from test_cpu import (  # noqa: F401
+    COMMON,
+    KINDS,
+    mild,
+    results,
+    served,
+    small_tiles,
+    test_a_grid_with_one_bad_number_is_the_references,
+    test_a_homography_that_nears_infinity_is_the_references,
+    test_a_jacobian_maps_over_the_outputs_gradient_alone,
+    test_a_pixel_that_nobody_reads_spoils_nothing,
+    test_a_rounded_distance_adds_no_pixel,
+    test_any_pair_of_dtypes,
+    test_any_strides,
+    test_backward_reads_the_pixels_that_the_forward_read,
+    test_coordinates_that_are_nowhere,
+    test_coordinates_that_are_nowhere_in_volumes,
+    test_degenerate_maps,
+    test_edges_of_five_pixels,
+    test_empty,
+    test_expanded_tensors,
+    test_gradcheck,
+    test_identity_grids_have_torchs_slopes,
+    test_identity_is_exact,
+    test_input_is_not_kept_where_only_its_gradient_is_asked_for,
+    test_matches_torch,
+    test_nearest_has_a_grid_gradient_of_zeros,
+    test_nearest_rounds_half_to_even,
+    test_not_a_number_everywhere,
+    test_odd_sizes,
+    test_one_gradient_alone,
+    test_one_image_many_maps_equals_repeated_images,
+    test_one_map_onto_pixels_leaves_a_batch_served,
+    test_one_map_serves_every_image,
+    test_pixels_on_pixels_have_the_references_slopes,
+    test_several_maps_per_image,
+    test_slope_at_a_pixel_is_the_one_to_its_right,
+    test_splines_of_one_set_of_targets_are_served_and_right,
+    test_the_backward_in_parts_reads_what_the_forward_read,
+    test_the_backward_of_a_spline_in_blocks_reads_what_the_forward_read,
+    test_the_corners_of_the_grid_are_the_corners_of_the_image,
+    test_the_same_bits_again,
+    test_ties_follow_torch,
+    test_ties_in_volumes,
+    test_ties_on_pixels_borders_and_corners,
+    test_volumes_match_torch,
+    test_what_stays_on_pixels_is_exact,
+)
+from test_warp import OPTIONS, compare
+
+import tri_stn
+from bench.measure import peak_bytes
+from tri_stn import cpu_maps, cpu_rows
+from tri_stn.testing import Case
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cpu_rows, "suits", lambda like, _: like.dtype in (torch.float32, torch.float64))
+    return "cpu"
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """As users have it, but that 16 channels are many."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cpu_rows, "FEWEST_CHANNELS", 16)
+
+
+ROWS = [
+    *[
+        case.with_(arrangement="channels_last")
+        for case in COMMON
+        if case.mode != "bicubic" and case.dtype != torch.bfloat16
+    ],
+    Case(kind="grid", images=2, maps=2, size=(1, 2048), input_size=(9, 8), channels=5, arrangement="channels_last"),
+    Case(input_size=(1, 7), arrangement="channels_last"),
+    Case(kind="grid", input_size=(1, 7), arrangement="channels_last", padding_mode="reflection", align_corners=True),
+]
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 30000, 300], ids=["whole", "maps", "rows"])
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_common_cases_are_served_and_right(served, case, chunk_bytes, monkeypatch):  # noqa: F811
+    """Whole, some maps at a time, some rows at a time: fp64 truth, and the same output to the bit."""
+    tensors = mild(case)
+    whole = results(case, *tensors)
+    if chunk_bytes is not None:
+        monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", chunk_bytes)
+    compare(case, *tensors)
+    assert torch.equal(results(case, *tensors)[0], whole[0])
+    layout = torch.channels_last if len(case.size) == 2 else torch.channels_last_3d
+    for image in (whole[0] if case.maps is None else whole[0].flatten(0, 1), whole[1]):
+        assert image.is_contiguous(memory_format=layout)
+    assert all(served)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_indices_of_64_bits(served, kind, monkeypatch):  # noqa: F811
+    case = Case(kind=kind, images=2, maps=2)
+    found = results(case, *mild(case))
+    monkeypatch.setattr(cpu_rows, "INDEX_LIMIT", 1)
+    for got, expected in zip(results(case, *mild(case)), found, strict=True):
+        assert torch.equal(got, expected)
+    assert all(served)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *[Case(channels=16, arrangement="channels_last", **o.values[0]) for o in OPTIONS if "bicubic" in str(o.values)],
+        Case(theta=((0.8, 0.1, 0.3), (0.3, 2e4, 0.1)), channels=16, arrangement="channels_last"),
+        Case(
+            theta=((1.0, 9 / 13, 0.0), (0.0, 1.0, 0.1)),
+            channels=17,
+            arrangement="channels_last",
+            size=(9, 13),
+            input_size=(9, 13),
+        ),
+    ],
+    ids=str,
+)
+def test_the_reference_reads_by_rows_what_is_not_served(many, case, monkeypatch):
+    asked = []
+    gather = cpu_rows.gather
+    monkeypatch.setattr(cpu_rows, "gather", lambda *args, **options: (asked.append(True), gather(*args, **options)))
+    compare(case, *case.tensors())
+    assert asked
+
+
+def test_rows_of_pixels_that_nobody_reads_spoil_nothing(many):
+    """Neither NaN nor infinity, in the corner pixel that stands for those outside, or beside a sample."""
+    image = torch.full((1, 16, 4, 4), float("nan")).to(memory_format=torch.channels_last)
+    image[:, :, :, 2] = float("inf")
+    image[:, :, :, 3] = 1
+    theta = torch.tensor([[[1.0, 0.0, 1.4], [0.0, 0.9, 0.1]]])
+    output = tri_stn.warp(image, tri_stn.Affine(theta), (4, 4))  # columns 2.8, 3.8, 4.8, 5.8
+    assert output[0, :, 1:3, 0].isposinf().all() and output[0, :, 1:3, 1].isfinite().all()
+    assert (output[..., 2:] == 0).all()
+    theta[..., 0, 2] += 0.5
+    theta.requires_grad_()
+    (grad,) = torch.autograd.grad(tri_stn.warp(image, tri_stn.Affine(theta), (4, 4)).sum(), theta)
+    assert grad.isfinite().all() and grad.any()
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "border"])
+def test_gradients_of_samples_outside_spoil_nothing(many, padding_mode):
+    """An image's gradient where a sample that lies outside gets what is not a number."""
+    image = torch.rand(1, 16, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    theta = torch.tensor([[[1.0, 0.0, 1.4], [0.0, 0.9, 0.1]]])  # as above
+    output = tri_stn.warp(image, tri_stn.Affine(theta), (4, 4), padding_mode=padding_mode)
+    grad = torch.ones_like(output)
+    grad[..., 2:] = float("nan")
+    (grad_image,) = torch.autograd.grad(output, image, grad)
+    last = grad_image[..., 3]
+    assert grad_image[..., :3].isfinite().all() and (last.isnan() if padding_mode == "border" else last > 0).all()
+
+
+@pytest.mark.parametrize("more", ["supersample", "mask", "fill", "tangent", "slice"])
+def test_rows_do_all_that_the_reference_does(many, more, monkeypatch):
+    case = Case(channels=16, arrangement="channels_last")
+    image, parameters, _ = case.tensors()
+    if more == "slice":
+        image = image.repeat(1, 1, 1, 2)[..., : case.input_size[1]]
+    extra = {"supersample": {"supersample": 2}, "mask": {"return_mask": True}, "fill": {"fill": 0.5}}.get(more, {})
+
+    def found():
+        def warp(image, parameters):
+            found = tri_stn.warp(image, case.transform(parameters), case.size, **extra)
+            return found if isinstance(found, tuple) else (found,)
+
+        if more == "tangent":
+            return torch.func.jvp(warp, (image, parameters), (image.cos(), parameters.cos()))[1]
+        leaves = image.clone().requires_grad_(), parameters.clone().requires_grad_()
+        output = warp(*leaves)
+        return *output, *torch.autograd.grad(output[0].square().sum(), leaves)
+
+    by_rows = found()
+    monkeypatch.setattr(cpu_rows, "suits", lambda *_: False)
+    monkeypatch.setattr(tri_stn.ops, "_is_plain", lambda *_: False)
+    for got, expected in zip(by_rows, found(), strict=True):
+        assert got.stride() == expected.stride()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
+
+
+def test_an_output_may_be_edited(many):
+    """It is no view of the rows it was made of."""
+    image = torch.rand(1, 16, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    for size in ((8, 8), (1, 2**10)):
+        tri_stn.grid_sample(image, torch.rand(1, *size, 2), align_corners=False).relu_().sum().backward()
+
+
+def test_large_outputs_take_little_memory_beside(many, monkeypatch):
+    """In parts: what their taps take, twice, as they are sorted for an image's gradient, and their rows."""
+    monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", 2**18)
+    case = Case(images=4, channels=16, input_size=(24, 24), size=(96, 96), arrangement="channels_last")
+    image, theta, grad = case.tensors()
+    leaves = image.requires_grad_(), theta.requires_grad_()
+    output = tri_stn.warp(image, tri_stn.Affine(theta), case.size)
+
+    def both():
+        return torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+    forward = peak_bytes(lambda: (tri_stn.warp(image, tri_stn.Affine(theta), case.size).detach(),), torch.device("cpu"))
+    assert forward < 2.5 * 2**18 < output.numel() * 4 / 3
+    assert peak_bytes(both, torch.device("cpu")) < 5 * 2**18
