@@ -5,7 +5,9 @@ rows.
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -301,3 +303,12 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
         results.write_whole(path, 1)  # type: ignore[arg-type]
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_that_has_gone_ends_a_list_in_silence():
+    """As in `python -m bench --list | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-m", "bench", "--list"], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "")

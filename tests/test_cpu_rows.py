@@ -53,7 +53,7 @@ from test_cpu import (  # noqa: F401
     test_volumes_match_torch,
     test_what_stays_on_pixels_is_exact,
 )
-from test_warp import OPTIONS, compare
+from test_warp import compare
 
 import tri_stn
 from bench.measure import peak_bytes
@@ -116,7 +116,6 @@ def test_indices_of_64_bits(served, kind, monkeypatch):  # noqa: F811
 @pytest.mark.parametrize(
     "case",
     [
-        *[Case(channels=16, arrangement="channels_last", **o.values[0]) for o in OPTIONS if "bicubic" in str(o.values)],
         Case(theta=((0.8, 0.1, 0.3), (0.3, 2e4, 0.1)), channels=16, arrangement="channels_last"),
         Case(
             theta=((1.0, 9 / 13, 0.0), (0.0, 1.0, 0.1)),
@@ -134,6 +133,20 @@ def test_the_reference_reads_by_rows_what_is_not_served(many, case, monkeypatch)
     monkeypatch.setattr(cpu_rows, "gather", lambda *args, **options: (asked.append(True), gather(*args, **options)))
     compare(case, *case.tensors())
     assert asked
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**23, 30000], ids=["whole", "parts"])
+@pytest.mark.parametrize("pixels", [32, 33])
+def test_many_points_read_rows_of_a_copy(many, pixels, chunk_bytes, monkeypatch):
+    """Of an image in NCHW with no more pixels than they are; output and gradients are in NCHW, too."""
+    monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", chunk_bytes)
+    asked, warp = [], cpu_rows.warp
+    monkeypatch.setattr(cpu_rows, "warp", lambda *args: (asked.append(True), warp(*args))[1])
+    case = Case(kind="grid", size=(1, 1024), input_size=(32, pixels), channels=16, images=2)
+    compare(case, *case.tensors())
+    output, grad_image, _ = results(case, *case.tensors())
+    assert output.is_contiguous() and grad_image.is_contiguous()
+    assert bool(asked) == (pixels == 32)
 
 
 def test_rows_of_pixels_that_nobody_reads_spoil_nothing(many):

@@ -57,12 +57,12 @@ def _without_autocast(function: Callable[_P, _T]) -> Callable[_P, _T]:
 @_without_autocast
 def warp(
     input: Tensor, parameters: Tensor, size: Sequence[int], layout: torch.memory_format,
-    kind: str, mode: str, padding_mode: str, align_corners: bool,
+    kind: str, mode: str, padding_mode: str, align_corners: bool, scattered: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """Input (M, C, *input_size) read through parameters (M, K, …): a new (M * K, C, *size) in a layout; or None."""
     if _is_long_row(kind, size):
-        rows = _ROWS, size[1] // _ROWS
-        found = warp(input, _wrapped(parameters), rows, layout, kind, mode, padding_mode, align_corners)
+        rows, scattered = (_ROWS, size[1] // _ROWS), _are_many(parameters, input.shape[2:])
+        found = warp(input, _wrapped(parameters), rows, layout, kind, mode, padding_mode, align_corners, scattered)
         if found is not None:
             row = found.flatten(2).unsqueeze(2)
             found.as_strided_(row.shape, row.stride())  # itself: autograd lets nobody edit a view
@@ -70,8 +70,8 @@ def warp(
     maps = Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, padding_mode, align_corners)
     if maps is None:
         return None
-    if cpu_rows.suits(input, layout != torch.contiguous_format):
-        return None if mode == "bicubic" else cpu_rows.warp(input, maps, mode)
+    if mode != "bicubic" and cpu_rows.suits(input, scattered or layout != torch.contiguous_format):
+        return cpu_rows.warp(input, maps, layout, mode)
     sample = torch.grid_sampler_2d if maps.dims == 2 else torch.grid_sampler_3d
     options = _MODES["nearest" if maps.are_on_pixels else mode], _PADDINGS[padding_mode], align_corners
     copied = layout != torch.contiguous_format or input.dtype != maps.dtype or maps.per_image > 1 or _is_alone(input)
@@ -103,11 +103,13 @@ def warp_backward(
     grad_output: Tensor, input: Tensor | None, parameters: Tensor,
     input_size: Sequence[int], layout: torch.memory_format,
     need_input: bool, need_parameters: bool, kind: str, mode: str, padding_mode: str, align_corners: bool,
+    scattered: bool = False,
 ) -> tuple[Tensor | None, Tensor | None] | None:  # fmt: skip
     """The gradients of input and parameters that are wanted, the former in a layout; or None."""
     if _is_long_row(kind, grad_output.shape[2:]):
         row = grad_output.unflatten(3, (_ROWS, -1)).flatten(2, 3), input, _wrapped(parameters), input_size, layout
-        gradients = warp_backward(*row, need_input, need_parameters, kind, mode, padding_mode, align_corners)
+        scattered = _are_many(parameters, input_size)
+        gradients = warp_backward(*row, need_input, need_parameters, kind, mode, padding_mode, align_corners, scattered)
         if gradients is None or gradients[1] is None:
             return gradients
         return gradients[0], gradients[1].view(parameters.shape)
@@ -119,10 +121,9 @@ def warp_backward(
     maps = Maps.of(parameters, shape, grad_output.shape[2:], dtype, kind, mode, padding_mode, align_corners)
     if maps is None:
         return None
-    if cpu_rows.suits(grad_output, layout != torch.contiguous_format):
-        if mode == "bicubic":
-            return None
-        grad_image, change = cpu_rows.warp_backward(grad_output, input, maps, need_input, need_parameters, mode)
+    if mode != "bicubic" and cpu_rows.suits(grad_output, scattered or layout != torch.contiguous_format):
+        needs = need_input, need_parameters
+        grad_image, change = cpu_rows.warp_backward(grad_output, input, maps, layout, *needs, mode)
         return grad_image, None if change is None else change.view(parameters.shape).to(parameters.dtype)
     back = torch.ops.aten.grid_sampler_2d_backward if maps.dims == 2 else torch.ops.aten.grid_sampler_3d_backward
     mode = "nearest" if maps.are_on_pixels and not need_parameters else mode
@@ -177,6 +178,13 @@ _ROWS = 64
 def _is_long_row(kind: str, size: Sequence[int]) -> bool:
     """Whether an explicit grid, in which no place has a meaning, is wrapped into many rows."""
     return kind == "grid" and len(size) == 2 and size[0] == 1 and size[1] >= 2**10 and size[1] % _ROWS == 0
+
+
+def _are_many(points: Tensor, input_size: Sequence[int]) -> bool:
+    """Whether points (M, K, …, d) are worth a copy of their image with its channels together: in each channel that lies
+    apart a point reads cache lines of its own.
+    """
+    return points[0, ..., 0].numel() >= math.prod(input_size)
 
 
 def _wrapped(grid: Tensor) -> Tensor:

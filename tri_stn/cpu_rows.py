@@ -46,7 +46,7 @@ def _is_table(image: Tensor) -> bool:
 
 
 def _rows(samples: Tensor) -> Tensor:
-    """(M, C, …) → (S, C), the same memory if that is a table."""
+    """(M, C, …) → (S, C): the same memory if that is a table; a copy of a part of an image, or of channels apart."""
     return samples.movedim(1, -1).flatten(0, -2).contiguous()
 
 
@@ -123,25 +123,27 @@ class _Taps:
 # --- the fast road: the taps of a grid ---------------------------------------------------------------
 
 
-def warp(input: Tensor, maps: Maps, mode: str) -> Tensor:
-    """`cpu.warp`: a new (M * K, C, *size) in channels_last."""
+def warp(input: Tensor, maps: Maps, layout: torch.memory_format, mode: str) -> Tensor:
+    """`cpu.warp`: a new (M * K, C, *size) in a layout."""
     mode = "nearest" if maps.are_on_pixels else mode
-    table, parts = _rows(input), _parts(maps, input.shape[1])  # what is a part of an image is copied
-    output = table.new_empty(maps.count, *maps.size, table.shape[1]) if len(parts) > 1 else None
+    table, parts = _rows(input), _parts(maps, input.shape[1])
+    shape = maps.count, input.shape[1], *maps.size
+    output = torch.empty(shape, dtype=input.dtype, memory_format=layout) if len(parts) > 1 else None
     for part in parts:
         rows = _taps(maps, part, _axes(maps, maps.grid(part), mode)).read(table)
         if output is None:
-            return _image(rows, maps.count, maps.size)
-        target = output[part.first : part.last, part.start : part.stop]
+            return _image(rows, maps.count, maps.size).contiguous(memory_format=layout)
+        target = output.movedim(1, -1)[part.first : part.last, part.start : part.stop]
         target.copy_(rows.view(target.shape))
     assert output is not None
-    return _image(output, maps.count, maps.size)
+    return output
 
 
 def warp_backward(
-    grad_output: Tensor, input: Tensor, maps: Maps, need_input: bool, need_parameters: bool, mode: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """`cpu.warp_backward`: the gradient of the image in channels_last, and that of the maps' numbers."""
+    grad_output: Tensor, input: Tensor, maps: Maps, layout: torch.memory_format,
+    need_input: bool, need_parameters: bool, mode: str,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """`cpu.warp_backward`: the gradient of the image, in a layout, and that of the maps' numbers."""
     mode = "nearest" if maps.are_on_pixels and not need_parameters else mode
     images, channels, *size = input.shape
     table, parts = _rows(input) if need_parameters else None, _parts(maps, channels)
@@ -162,7 +164,9 @@ def warp_backward(
         if table is not None:
             change = maps.grid_vjp(_grid_vjp(axes, taps.dots(table, rows), grid), grid, part)
             grad_parameters = change if len(parts) == 1 else maps.add_part(grad_parameters, change, part)
-    return None if grad_table is None else _image(grad_table, images, size), grad_parameters
+    if grad_table is None:
+        return None, grad_parameters
+    return _image(grad_table, images, size).contiguous(memory_format=layout), grad_parameters
 
 
 def _parts(maps: Maps, channels: int) -> list[Part]:
@@ -227,19 +231,17 @@ def _taps(maps: Maps, part: Part, axes: Sequence[_Axis]) -> _Taps:
     integers = torch.int32 if maps.count // maps.per_image * pixels < INDEX_LIMIT else torch.int64
     image = torch.arange(part.first, part.last, dtype=integers).div_(maps.per_image, rounding_mode="floor").mul_(pixels)
     samples = len(axes[0].first) // len(image)
-    base, found = image.repeat_interleave(samples), None
+    base, found = image.repeat_interleave(samples), []
     for axis in axes:
         near = axis.first.clamp(0, max(axis.size - axis.taps, 0))
         base.add_(near.to(integers), alpha=axis.stride)
-        here = near == axis.first if axis.size >= axis.taps else torch.zeros(len(near), dtype=torch.bool)
-        found = here if found is None else found.logical_and_(here)
-    assert found is not None
+        found.append(near == axis.first if axis.size >= axis.taps else torch.zeros(len(near), dtype=torch.bool))
     index = torch.empty(len(base), len(taps), dtype=integers)
     for column, tap in zip(index.unbind(1), taps, strict=True):
         step = sum(t * axis.stride for t, axis in zip(tap, axes, strict=True) if axis.size > 1)
         torch.add(base, step, out=column)
 
-    lost = found.logical_not_().nonzero().squeeze(1)
+    lost = functools.reduce(torch.logical_and, found).logical_not_().nonzero().squeeze(1)
     inside = torch.ones(len(lost), len(taps), dtype=torch.bool)
     if len(lost):
         of_lost = image[lost.div(samples, rounding_mode="floor")].unsqueeze(1).repeat(1, len(taps))
