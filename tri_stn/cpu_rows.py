@@ -25,7 +25,7 @@ from . import reference
 from .cpu_maps import Maps, Part
 from .reference import PLAIN, Access, Tap
 
-FEWEST_CHANNELS = 32
+FEWEST_CHANNELS = 24
 """With fewer, the coordinates cost more than the channels save."""
 INDEX_LIMIT = 2**31
 """Tables of as many rows have indices of 64 bits."""
