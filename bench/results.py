@@ -155,7 +155,8 @@ def device_name(device: torch.device) -> str:
         model = next(line.partition(":")[2] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         model = ""
-    return " ".join(["cpu", *model.split(), platform.machine()])
+    # Machines of one name may differ in their vectors, and so several times in their speed.
+    return " ".join(["cpu", *model.split(), platform.machine(), torch.backends.cpu.get_cpu_capability()])
 
 
 def describe(device: torch.device, commit: Commit, command: str, copy_bandwidth: float) -> dict[str, Any]:
