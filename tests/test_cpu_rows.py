@@ -57,7 +57,7 @@ from test_warp import compare
 
 import tri_stn
 from bench.measure import peak_bytes
-from tri_stn import cpu_maps, cpu_rows
+from tri_stn import cpu, cpu_maps, cpu_rows
 from tri_stn.testing import Case
 
 
@@ -101,6 +101,30 @@ def test_common_cases_are_served_and_right(served, case, chunk_bytes, monkeypatc
     for image in (whole[0] if case.maps is None else whole[0].flatten(0, 1), whole[1]):
         assert image.is_contiguous(memory_format=layout)
     assert all(served)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_it_looks_where_torchs_sampler_does(mode, padding_mode, align_corners, dtype):
+    """On pixels, halfway between them, and a step of the dtype beside, within the image and beyond."""
+    options = cpu._MODES[mode], cpu._PADDINGS[padding_mode], align_corners
+    for n in (2, 3, 5, 6, 7, 10, 11, 28, 31, 224, 333, 1000):
+        x = torch.arange(-3, n + 3, 0.5, dtype=torch.float64)
+        x = (2 * x / (n - 1) if align_corners else (2 * x + 1) / n).sub_(1).to(dtype)
+        x = torch.cat([x, *(torch.nextafter(x, torch.full_like(x, far)) for far in (-9.0, 9.0))])
+        grid = torch.stack([x, torch.zeros_like(x)], -1)[None, None]
+        image = torch.arange(1.0, n + 1, dtype=dtype).view(1, 1, 1, n)
+        maps = cpu_maps.Maps.of(
+            grid[None], image.shape, grid.shape[1:3], dtype, "grid", mode, padding_mode, align_corners
+        )
+        output = cpu_rows.warp(image, maps, torch.contiguous_format, mode)
+        grad = torch.linspace(-1, 1, x.numel(), dtype=dtype).view_as(output)
+        found = cpu_rows.warp_backward(grad, image, maps, torch.contiguous_format, True, True, mode)
+        expected = torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, *options, [True, True])
+        torch.testing.assert_close(output, torch.grid_sampler_2d(image, grid, *options), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(found, (expected[0], expected[1]), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -98,21 +98,36 @@ class _Taps:
             dots.index_copy_(0, self.lost, torch.where(self.inside, dots.index_select(0, self.lost), 0))
         return dots
 
-    def back(self, rows: Tensor, pixels: int, whole: bool) -> tuple[int, Tensor]:
-        """What a table of so many pixels gets of its samples' rows, (S, C): its first row that gets any, and sums for
-        those from there to the last one; for all, if `whole`.
-        """
+    def back(self, rows: Tensor, pixels: int) -> Tensor:
+        """What each row of a table of so many pixels gets of its samples', (S, C)."""
+        index, order = self._sorted(pixels)
+        return self._sums_of(rows, order, torch.bincount(index, minlength=pixels))
+
+    def add_to(self, table: Tensor, rows: Tensor) -> None:
+        """The same, added to a table of which these samples may touch a part."""
+        index, order = self._sorted(len(table))
+        if not len(index):
+            return
+        first, last = int(index[0]), int(index[-1])
+        if last - first < len(index):  # a part in one piece
+            table[first : last + 1] += self._sums_of(rows, order, torch.bincount(index - first))
+        else:
+            touched, counts = torch.unique_consecutive(index, return_counts=True)
+            table.index_add_(0, touched, self._sums_of(rows, order, counts))
+
+    def _sorted(self, pixels: int) -> tuple[Tensor, Tensor]:
+        """The taps inside by the rows that they touch: those rows, and which taps they are."""
         index, outside = self.index, int((~self.inside).sum())
         if outside:  # they come last, and are left out
             of_lost = torch.where(self.inside, index.index_select(0, self.lost), pixels)
             index = index.index_copy(0, self.lost, of_lost)
         index, order = index.flatten().sort(stable=True)
-        index, order = (of_all[: len(of_all) - outside] for of_all in (index, order))
-        first = 0 if whole or not len(index) else int(index[0])
-        counts = torch.bincount(index - first, minlength=pixels if whole else 0)
-        weights = self.weights.flatten().index_select(0, order)
+        return index[: len(index) - outside], order[: len(order) - outside]
+
+    def _sums_of(self, rows: Tensor, order: Tensor, counts: Tensor) -> Tensor:
         taps = self.index.shape[1]  # a power of two
-        return first, _sums(rows, order >> taps.bit_length() - 1, _starts(counts), weights)
+        weights = self.weights.flatten().index_select(0, order)
+        return _sums(rows, order >> taps.bit_length() - 1, _starts(counts), weights)
 
     @property
     def _start(self) -> Tensor:
@@ -156,11 +171,11 @@ def warp_backward(
         axes = _axes(maps, grid, mode)
         taps = _taps(maps, part, axes)
         if need_input:
-            first, sums = taps.back(rows, pixels, whole=grad_table is None)
-            if grad_table is None:
-                grad_table = sums
+            if len(parts) == 1:
+                grad_table = taps.back(rows, pixels)
             else:
-                grad_table[first : first + len(sums)] += sums
+                assert grad_table is not None
+                taps.add_to(grad_table, rows)
         if table is not None:
             change = maps.grid_vjp(_grid_vjp(axes, taps.dots(table, rows), grid), grid, part)
             grad_parameters = change if len(parts) == 1 else maps.add_part(grad_parameters, change, part)
@@ -216,10 +231,14 @@ def _border(x: Tensor, n: int, align_corners: bool) -> tuple[Tensor, Tensor]:
 
 def _reflection(x: Tensor, n: int, align_corners: bool) -> tuple[Tensor, Tensor]:
     low, span = (0.0, n - 1) if align_corners else (-0.5, n)
-    x = x.sub_(low).remainder_(2 * span) if span else x.zero_()
-    back = x > span
-    x, inner = _border(torch.where(back, 2 * span - x, x).add_(low), n, align_corners)
-    return x, inner * (1.0 - 2.0 * back)
+    x = x.sub_(low)
+    turned = x < 0
+    x = x.abs_()
+    x = torch.add(x, x.div(2 * span).trunc_(), alpha=-2 * span) if span else x.zero_()
+    back = 2 * span - x
+    turned ^= x > back
+    x, inner = _border(torch.minimum(x, back).add_(low), n, align_corners)
+    return x, inner * (1.0 - 2.0 * turned)
 
 
 _PADDINGS = {"zeros": _zeros, "border": _border, "reflection": _reflection}
@@ -311,9 +330,7 @@ def _back(grad_image: Tensor | None, image: Tensor | None, corners: Sequence[Tap
         return ()
     taps, rows = _taps_of(corners, like), _rows(samples)
     if grad_image is not None:
-        table = _rows(grad_image)
-        first, sums = taps.back(rows, len(table), whole=False)
-        table[first : first + len(sums)] += sums
+        taps.add_to(_rows(grad_image), rows)
     if image is None:
         return ()
     return taps.dots(_rows(image), rows).view(*corners[0][0].inside.shape, -1).unbind(-1)
