@@ -181,6 +181,7 @@ def warp_backward(
             grad_parameters = change if len(parts) == 1 else maps.add_part(grad_parameters, change, part)
     if grad_table is None:
         return None, grad_parameters
+    del table  # before the gradient's copy is made
     return _image(grad_table, images, size).contiguous(memory_format=layout), grad_parameters
 
 
