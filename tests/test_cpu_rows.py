@@ -3,8 +3,11 @@
 Here `backend` is the CPU with every image that rows could hold read by rows, whatever its channels and its layout.
 """
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from test_cpu import (  # noqa: F401
     COMMON,
     KINDS,
@@ -69,6 +72,20 @@ def backend(monkeypatch):
 
 
 @pytest.fixture
+def roads(monkeypatch):
+    """What has been asked of rows, name by name."""
+    asked = []
+
+    def ask(name, real, *arguments, **options):
+        asked.append(name)
+        return real(*arguments, **options)
+
+    for name in ("warp", "warp_backward", "gather", "adjoint"):
+        monkeypatch.setattr(cpu_rows, name, functools.partial(ask, name, getattr(cpu_rows, name)))
+    return asked
+
+
+@pytest.fixture
 def many(monkeypatch):
     """As users have it, but that 16 channels are many."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -87,9 +104,9 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("chunk_bytes", [None, 30000, 300], ids=["whole", "maps", "rows"])
+@pytest.mark.parametrize("chunk_bytes", [None, 11000, 300], ids=["whole", "maps", "rows"])
 @pytest.mark.parametrize("case", ROWS, ids=str)
-def test_common_cases_are_served_and_right(served, case, chunk_bytes, monkeypatch):  # noqa: F811
+def test_common_cases_are_served_and_right(served, roads, case, chunk_bytes, monkeypatch):  # noqa: F811
     """Whole, some maps at a time, some rows at a time: fp64 truth, and the same output to the bit."""
     tensors = mild(case)
     whole = results(case, *tensors)
@@ -100,7 +117,57 @@ def test_common_cases_are_served_and_right(served, case, chunk_bytes, monkeypatc
     layout = torch.channels_last if len(case.size) == 2 else torch.channels_last_3d
     for image in (whole[0] if case.maps is None else whole[0].flatten(0, 1), whole[1]):
         assert image.is_contiguous(memory_format=layout)
-    assert all(served)
+    assert all(served) and set(roads) == {"warp", "warp_backward"}
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**23, 8000, 300], ids=["whole", "maps", "rows"])
+@pytest.mark.parametrize("kind", ["affine", "projective", "grid", "pixel_displacement"])
+def test_parts_of_maps_of_several_images_read_and_give_back_the_same_pixels(
+    roads, backend, kind, chunk_bytes, monkeypatch
+):
+    """Three maps of each of two images, in parts of two, one across the images: each pixel counts its reads."""
+    monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", chunk_bytes)
+    case = Case(kind=kind, images=2, maps=3, size=(6, 7), mode="nearest")
+    _, parameters, _ = mild(case)
+    pixels = 2 * 13 * 9
+    image = torch.arange(1.0, pixels + 1).view(2, 1, 13, 9).repeat(1, 2, 1, 1).requires_grad_()
+    output = tri_stn.warp(image, case.transform(parameters), case.size, mode="nearest")
+    (reads,) = torch.autograd.grad(output.sum(), image)
+    counted = output.detach()[:, :, 0].flatten().long().bincount(minlength=pixels + 1)[1:]
+    for channel in reads.unbind(1):
+        assert torch.equal(channel.flatten().long(), counted)
+    assert roads == ["warp", "warp_backward"]
+    maps = cpu_maps.Maps.of(parameters, image.shape, case.size, torch.float32, kind, "nearest", "zeros", False)
+    parts = maps.equal_parts(64, 8)
+    shapes = {2**23: [(6, 6)], 8000: [(2, 6)] * 3, 300: [(1, 1)] * 36}
+    assert [(part.maps, part.stop - part.start) for part in parts] == shapes[chunk_bytes]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("over", ["maps", "images", "gradients"])
+def test_vmap_over_something_gives_back_what_was_read(many, over, layout):
+    """Over maps of one image, images of one map, or gradients of one output."""
+    height, width = 12, 900  # so wide that roundings differ, where roads do
+    image = torch.arange(1.0, height * width + 1).view(1, 1, height, width).repeat(1, 16, 1, 1).to(memory_format=layout)
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.tensor([[0.9, 0.2, 0.1], [-0.1, 0.8, 0.1]]) + 0.1 * torch.rand(4, 1, 2, 3, generator=generator)
+
+    def warp(image, theta):
+        return tri_stn.warp(image, tri_stn.Affine(theta), (100, 300), mode="nearest")
+
+    if over == "gradients":
+        output, vjp = torch.func.vjp(lambda image: warp(image, maps[:, 0][None]), image)  # four of one image
+        found = torch.func.vmap(vjp)(torch.ones(2, *output.shape))[0][:, 0]
+    else:
+        leaf = image.clone().requires_grad_()
+        if over == "maps":
+            output = torch.func.vmap(warp, (None, 0))(leaf, maps)
+        else:
+            output = torch.func.vmap(warp, (0, None))(leaf.expand(3, 1, -1, -1, -1), maps[0])
+        (found,) = torch.autograd.grad(output.sum(), leaf)
+    counted = output.detach()[..., 0, :, :].flatten().long().bincount(minlength=image[0, 0].numel() + 1)[1:]
+    for of_channel in found.flatten(0, 1):
+        assert torch.equal(of_channel.flatten().long(), counted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -115,7 +182,7 @@ def test_it_looks_where_torchs_sampler_does(mode, padding_mode, align_corners, d
         x = (2 * x / (n - 1) if align_corners else (2 * x + 1) / n).sub_(1).to(dtype)
         x = torch.cat([x, *(torch.nextafter(x, torch.full_like(x, far)) for far in (-9.0, 9.0))])
         grid = torch.stack([x, torch.zeros_like(x)], -1)[None, None]
-        image = torch.arange(1.0, n + 1, dtype=dtype).view(1, 1, 1, n)
+        image = torch.arange(1.0, n + 1, dtype=dtype).square_().div_(n).view(1, 1, 1, n)  # no two slopes are equal
         maps = cpu_maps.Maps.of(
             grid[None], image.shape, grid.shape[1:3], dtype, "grid", mode, padding_mode, align_corners
         )
@@ -151,26 +218,23 @@ def test_indices_of_64_bits(served, kind, monkeypatch):  # noqa: F811
     ],
     ids=str,
 )
-def test_the_reference_reads_by_rows_what_is_not_served(many, case, monkeypatch):
-    asked = []
-    gather = cpu_rows.gather
-    monkeypatch.setattr(cpu_rows, "gather", lambda *args, **options: (asked.append(True), gather(*args, **options)))
+def test_the_reference_reads_by_rows_what_is_not_served(many, roads, case):
     compare(case, *case.tensors())
-    assert asked
+    assert set(roads) == {"gather", "adjoint"}
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**23, 30000], ids=["whole", "parts"])
 @pytest.mark.parametrize("pixels", [32, 33])
-def test_many_points_read_rows_of_a_copy(many, pixels, chunk_bytes, monkeypatch):
+def test_many_points_read_rows_of_a_copy(many, roads, pixels, chunk_bytes, monkeypatch):
     """Of an image in NCHW with no more pixels than they are; output and gradients are in NCHW, too."""
     monkeypatch.setattr(cpu_maps, "CHUNK_BYTES", chunk_bytes)
-    asked, warp = [], cpu_rows.warp
-    monkeypatch.setattr(cpu_rows, "warp", lambda *args: (asked.append(True), warp(*args))[1])
     case = Case(kind="grid", size=(1, 1024), input_size=(32, pixels), channels=16, images=2)
     compare(case, *case.tensors())
     output, grad_image, _ = results(case, *case.tensors())
     assert output.is_contiguous() and grad_image.is_contiguous()
-    assert bool(asked) == (pixels == 32)
+    assert set(roads) == ({"warp", "warp_backward"} if pixels == 32 else set())
+    nothing = tri_stn.grid_sample(torch.rand(0, 16, 4, 4), torch.rand(0, 1, 1024, 2), align_corners=False)
+    assert nothing.shape == (0, 16, 1, 1024)
 
 
 def test_rows_of_pixels_that_nobody_reads_spoil_nothing(many):
@@ -186,6 +250,31 @@ def test_rows_of_pixels_that_nobody_reads_spoil_nothing(many):
     theta.requires_grad_()
     (grad,) = torch.autograd.grad(tri_stn.warp(image, tri_stn.Affine(theta), (4, 4)).sum(), theta)
     assert grad.isfinite().all() and grad.any()
+
+
+def test_slopes_beside_an_infinite_pixel_are_torchs(many):
+    image = torch.rand(1, 16, 6, 6).to(memory_format=torch.channels_last)
+    image[:, :, 2, 2] = float("inf")
+    grid = torch.tensor([[[[-0.2, -0.2], [-0.1, -0.3]]]]).requires_grad_()
+    ours, torchs = (
+        torch.autograd.grad(sample(image, grid, align_corners=False).sum(), grid)[0]
+        for sample in (tri_stn.grid_sample, F.grid_sample)
+    )
+    assert torch.equal(ours, torchs) and ours.isinf().all()
+
+
+def test_an_expanded_image_is_not_copied(many, roads):
+    case = Case(images=8, channels=16, input_size=(64, 64), size=(8, 8), arrangement="channels_last")
+    _, theta, grad = case.tensors()
+    image = torch.rand(1, 16, 64, 64).to(memory_format=torch.channels_last)
+    expanded, copied = (
+        image.expand(8, -1, -1, -1),
+        image.repeat(8, 1, 1, 1).contiguous(memory_format=torch.channels_last),
+    )
+    for got, expected in zip(results(case, expanded, theta, grad), results(case, copied, theta, grad), strict=True):
+        torch.testing.assert_close(got, expected)
+    peak = peak_bytes(lambda: (tri_stn.warp(expanded, tri_stn.Affine(theta), (8, 8)),), torch.device("cpu"))
+    assert peak < image.numel() * 4 / 2 and set(roads) == {"warp", "warp_backward"}
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "border"])

@@ -1,6 +1,7 @@
-"""The common cases on the CPU, by torch's own sampler: the twin of `reference` for speed.
+"""The common cases on the CPU, by torch's own sampler or by rows of pixels: the twin of `reference` for speed.
 
-A part of the output at a time gets its grid, from `cpu_maps`, and ATen's `grid_sampler` reads the image through it.
+A part of the output at a time gets its grid, from `cpu_maps`. ATen's `grid_sampler` reads the image through it; or
+`cpu_rows`, where many channels lie together, or would be worth a copy in which they do.
 
 `warp` and `warp_backward` answer None where they do not serve, and the reference does: lines, bicubic volumes, chains,
 fills, masks, several samples per pixel, tangents, batches that are not equal, and by the numbers of a map
@@ -15,6 +16,10 @@ fills, masks, several samples per pixel, tangents, batches that are not equal, a
 
 What looks at pixels alone is read as nearest: so the identity is exact. In a batch with other maps, and for the
 gradient of an image beside that of the map, it is rounded as torch's.
+
+Both ways take one road, so that the backward reads what the forward read; but for several gradients of outputs of
+several images, as under `torch.func.jacrev`, where the backward is the reference's: there a sample may be rounded to
+another side.
 
 ATen gives each image of a batch to one thread. Where there is one, bands of its samples stand for images.
 
@@ -59,7 +64,15 @@ def warp(
     input: Tensor, parameters: Tensor, size: Sequence[int], layout: torch.memory_format,
     kind: str, mode: str, padding_mode: str, align_corners: bool, scattered: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """Input (M, C, *input_size) read through parameters (M, K, …): a new (M * K, C, *size) in a layout; or None."""
+    """Input (M, C, *input_size) read through parameters (M, K, …): a new (M * K, C, *size) in a layout; or None.
+
+    `scattered` says that the places are in no order, and many.
+    """
+    images = max(len(input), len(parameters))
+    if len(input) == 1 < images:
+        input = input.expand(images, *input.shape[1:])
+    if len(parameters) == 1 < images:
+        parameters = parameters.expand(images, *parameters.shape[1:])
     if _is_long_row(kind, size):
         rows, scattered = (_ROWS, size[1] // _ROWS), _are_many(parameters, input.shape[2:])
         found = warp(input, _wrapped(parameters), rows, layout, kind, mode, padding_mode, align_corners, scattered)
@@ -106,6 +119,9 @@ def warp_backward(
     scattered: bool = False,
 ) -> tuple[Tensor | None, Tensor | None] | None:  # fmt: skip
     """The gradients of input and parameters that are wanted, the former in a layout; or None."""
+    outputs = len(grad_output) // max(1, parameters.shape[1])
+    if len(parameters) == 1 < outputs:  # several gradients of an output, or outputs of several images, for one map
+        parameters = parameters.expand(outputs, *parameters.shape[1:])
     if _is_long_row(kind, grad_output.shape[2:]):
         row = grad_output.unflatten(3, (_ROWS, -1)).flatten(2, 3), input, _wrapped(parameters), input_size, layout
         scattered = _are_many(parameters, input_size)
@@ -116,6 +132,8 @@ def warp_backward(
     dtype, shape = compute_dtype(grad_output.dtype), (len(parameters), grad_output.shape[1], *input_size)
     if input is None and not need_parameters:
         input = grad_output.new_zeros(1).expand(shape)  # ATen reads it for the grid's gradient, which nobody takes
+    if input is not None and len(input) == 1 < len(parameters):
+        input = input.expand(len(parameters), *input.shape[1:])
     if input is None or input.shape != shape or len(grad_output) != len(parameters) * parameters.shape[1]:
         return None
     maps = Maps.of(parameters, shape, grad_output.shape[2:], dtype, kind, mode, padding_mode, align_corners)
@@ -184,7 +202,7 @@ def _are_many(points: Tensor, input_size: Sequence[int]) -> bool:
     """Whether points (M, K, …, d) are worth a copy of their image with its channels together: in each channel that lies
     apart a point reads cache lines of its own.
     """
-    return points[0, ..., 0].numel() >= math.prod(input_size)
+    return math.prod(points.shape[1:-1]) >= math.prod(input_size)
 
 
 def _wrapped(grid: Tensor) -> Tensor:

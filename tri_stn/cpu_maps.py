@@ -38,7 +38,9 @@ _MATRICES, _FIELDS, _SPLINE = ("affine", "projective"), ("grid", "displacement",
 
 @dataclass(frozen=True)
 class Part:
-    """Some images with all their maps, some maps of one image, or some rows of one map."""
+    """Some images with all their maps, some maps of one image, or some rows of one map; of `equal_parts` any maps, and
+    the images that they look at.
+    """
 
     images: slice
     first: int
@@ -160,9 +162,9 @@ class Maps:
 
     def equal_parts(self, each: int, copied: int) -> list[Part]:
         """The same both ways: the whole, where samples of `each` bytes are no more than CHUNK_BYTES; else some maps, or
-        some rows of one, for which they are, with the bytes that are `copied` of each besides.
+        some rows of one, for which they are, with the bytes that are `copied` of each besides; one row at least.
         """
-        of_map, height = math.prod(self.size), self.size[0]
+        of_map, height, k = math.prod(self.size), self.size[0], self.per_image
         samples = CHUNK_BYTES // each
         if of_map * self.count > samples:
             samples = CHUNK_BYTES // (each + copied)
@@ -170,8 +172,9 @@ class Maps:
         if self.kind == _SPLINE:
             band = min(height, max(1, band // self._block) * self._block)
         return [
-            Part(slice(None), first, min(first + maps, self.count), start, min(start + band, height), 1)
+            Part(slice(first // k, (last - 1) // k + 1), first, last, start, min(start + band, height), 1)
             for first in range(0, self.count, maps)
+            for last in [min(first + maps, self.count)]
             for start in range(0, height, band)
         ]
 

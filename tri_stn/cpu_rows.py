@@ -1,4 +1,4 @@
-"""Images of many channels in channels_last on the CPU: each pixel is a row of a table, as of an embedding.
+"""Images of many channels on the CPU, in channels_last or in a copy: each pixel is a row of a table, an embedding's.
 
 What a sample reads is a weighted sum of a few rows, for which torch has a vectorised loop over channels. What a pixel
 gets back is one as well, of the rows of the samples that touch it: their taps are sorted by pixel. Torch's own sampler
@@ -7,11 +7,12 @@ is made for channels that lie apart, and answers so.
 `warp` and `warp_backward` do what `cpu`'s do, of the same grids. `gather` and `adjoint` are the reference's, for what
 those do not serve: its taps, but read by rows.
 
-Shape notes: M images, K maps per image, P samples of a chunk, C channels; S samples in all, each with T taps.
+Shape notes: M images, K maps per image, C channels; S samples of a part, each with T taps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -28,7 +29,7 @@ from .reference import PLAIN, Access, Tap
 FEWEST_CHANNELS = 24
 """With fewer, the coordinates cost more than the channels save."""
 INDEX_LIMIT = 2**31
-"""Tables of as many rows have indices of 64 bits."""
+"""Of as many rows, or taps, indices have 64 bits."""
 
 
 def suits(like: Tensor, channels_last: bool) -> bool:
@@ -141,6 +142,8 @@ class _Taps:
 def warp(input: Tensor, maps: Maps, layout: torch.memory_format, mode: str) -> Tensor:
     """`cpu.warp`: a new (M * K, C, *size) in a layout."""
     mode = "nearest" if maps.are_on_pixels else mode
+    if input.stride(0) == 0:  # one image for all
+        input, maps = input[:1], dataclasses.replace(maps, per_image=maps.count)
     table, parts = _rows(input), _parts(maps, input.shape[1])
     shape = maps.count, input.shape[1], *maps.size
     output = torch.empty(shape, dtype=input.dtype, memory_format=layout) if len(parts) > 1 else None
@@ -161,8 +164,9 @@ def warp_backward(
     """`cpu.warp_backward`: the gradient of the image, in a layout, and that of the maps' numbers."""
     mode = "nearest" if maps.are_on_pixels and not need_parameters else mode
     images, channels, *size = input.shape
-    table, parts = _rows(input) if need_parameters else None, _parts(maps, channels)
-    pixels = images * math.prod(size)
+    pixels, parts = images * math.prod(size), _parts(maps, channels)
+    one = input.stride(0) == 0  # image for all, of which each map has a gradient
+    table = _rows(input[:1] if one else input) if need_parameters else None
     grad_table = grad_output.new_zeros(pixels, channels) if need_input and len(parts) > 1 else None
     grad_parameters: Tensor | None = None
     for part in parts:
@@ -177,7 +181,8 @@ def warp_backward(
                 assert grad_table is not None
                 taps.add_to(grad_table, rows)
         if table is not None:
-            change = maps.grid_vjp(_grid_vjp(axes, taps.dots(table, rows), grid), grid, part)
+            read = dataclasses.replace(taps, index=taps.index % len(table)) if one else taps
+            change = maps.grid_vjp(_grid_vjp(axes, read.dots(table, rows), grid), grid, part)
             grad_parameters = change if len(parts) == 1 else maps.add_part(grad_parameters, change, part)
     if grad_table is None:
         return None, grad_parameters
@@ -208,7 +213,7 @@ class _Axis:
 
 
 def _axes(maps: Maps, grid: Tensor, mode: str) -> list[_Axis]:
-    """Along x first, by the formulas of torch's sampler."""
+    """Along x first, by the formulas of torch's vectorised sampler."""
     axes: list[_Axis] = []
     for along, n in enumerate(reversed(maps.input_size)):
         unit = (n - 1) / 2 if maps.align_corners else n / 2
@@ -248,7 +253,8 @@ _PADDINGS = {"zeros": _zeros, "border": _border, "reflection": _reflection}
 def _taps(maps: Maps, part: Part, axes: Sequence[_Axis]) -> _Taps:
     taps = [tap[::-1] for tap in itertools.product(*(range(axis.taps) for axis in axes))]  # the next along x first
     dtype, pixels = axes[0].fraction.dtype, math.prod(maps.input_size)
-    integers = torch.int32 if maps.count // maps.per_image * pixels < INDEX_LIMIT else torch.int64
+    rows = maps.count // maps.per_image * pixels
+    integers = torch.int32 if max(rows, len(axes[0].first) * len(taps)) < INDEX_LIMIT else torch.int64
     image = torch.arange(part.first, part.last, dtype=integers).div_(maps.per_image, rounding_mode="floor").mul_(pixels)
     samples = len(axes[0].first) // len(image)
     base, found = image.repeat_interleave(samples), []
@@ -295,10 +301,15 @@ def _grid_vjp(axes: Sequence[_Axis], dots: Tensor, grid: Tensor) -> Tensor:
         planes = dots.unbind(1)
         for other in axes:
             pairs = zip(planes[::2], planes[1::2], strict=True)
-            planes = tuple(b - a if other is axis else torch.lerp(a, b, other.fraction) for a, b in pairs)
+            planes = tuple(b - a if other is axis else _between(a, b, other.fraction) for a, b in pairs)
         slope = planes[0] if axis.slope is None else planes[0] * axis.slope
         torch.mul(slope, axis.unit, out=change[..., along].view(-1))
     return change
+
+
+def _between(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
+    """As `torch.lerp`, which makes NaN of two infinities."""
+    return torch.addcmul(a * (1 - fraction), b, fraction)
 
 
 # --- the reference's road, by rows ------------------------------------------------------------------
