@@ -69,10 +69,7 @@ def warp(
     `scattered` says that the places are in no order, and many.
     """
     images = max(len(input), len(parameters))
-    if len(input) == 1 < images:
-        input = input.expand(images, *input.shape[1:])
-    if len(parameters) == 1 < images:
-        parameters = parameters.expand(images, *parameters.shape[1:])
+    input, parameters = _for_all(input, images), _for_all(parameters, images)
     if _is_long_row(kind, size):
         rows, scattered = (_ROWS, size[1] // _ROWS), _are_many(parameters, input.shape[2:])
         found = warp(input, _wrapped(parameters), rows, layout, kind, mode, padding_mode, align_corners, scattered)
@@ -83,7 +80,7 @@ def warp(
     maps = Maps.of(parameters, input.shape, size, compute_dtype(input.dtype), kind, mode, padding_mode, align_corners)
     if maps is None:
         return None
-    if mode != "bicubic" and cpu_rows.suits(input, scattered or layout != torch.contiguous_format):
+    if _goes_by_rows(input, layout, mode, scattered):
         return cpu_rows.warp(input, maps, layout, mode)
     sample = torch.grid_sampler_2d if maps.dims == 2 else torch.grid_sampler_3d
     options = _MODES["nearest" if maps.are_on_pixels else mode], _PADDINGS[padding_mode], align_corners
@@ -120,8 +117,7 @@ def warp_backward(
 ) -> tuple[Tensor | None, Tensor | None] | None:  # fmt: skip
     """The gradients of input and parameters that are wanted, the former in a layout; or None."""
     outputs = len(grad_output) // max(1, parameters.shape[1])
-    if len(parameters) == 1 < outputs:  # several gradients of an output, or outputs of several images, for one map
-        parameters = parameters.expand(outputs, *parameters.shape[1:])
+    parameters = _for_all(parameters, outputs)  # of which there may be several gradients
     if _is_long_row(kind, grad_output.shape[2:]):
         row = grad_output.unflatten(3, (_ROWS, -1)).flatten(2, 3), input, _wrapped(parameters), input_size, layout
         scattered = _are_many(parameters, input_size)
@@ -132,14 +128,14 @@ def warp_backward(
     dtype, shape = compute_dtype(grad_output.dtype), (len(parameters), grad_output.shape[1], *input_size)
     if input is None and not need_parameters:
         input = grad_output.new_zeros(1).expand(shape)  # ATen reads it for the grid's gradient, which nobody takes
-    if input is not None and len(input) == 1 < len(parameters):
-        input = input.expand(len(parameters), *input.shape[1:])
+    if input is not None:
+        input = _for_all(input, len(parameters))
     if input is None or input.shape != shape or len(grad_output) != len(parameters) * parameters.shape[1]:
         return None
     maps = Maps.of(parameters, shape, grad_output.shape[2:], dtype, kind, mode, padding_mode, align_corners)
     if maps is None:
         return None
-    if mode != "bicubic" and cpu_rows.suits(grad_output, scattered or layout != torch.contiguous_format):
+    if _goes_by_rows(grad_output, layout, mode, scattered):
         needs = need_input, need_parameters
         grad_image, change = cpu_rows.warp_backward(grad_output, input, maps, layout, *needs, mode)
         return grad_image, None if change is None else change.view(parameters.shape).to(parameters.dtype)
@@ -186,6 +182,16 @@ def warp_backward(
         grad_input.to(grad_output.dtype, memory_format=layout) if need_input and grad_input is not None else None,
         grad_parameters.view(parameters.shape).to(parameters.dtype) if grad_parameters is not None else None,
     )
+
+
+def _for_all(tensor: Tensor, count: int) -> Tensor:
+    """What serves a batch of so many, as many times."""
+    return tensor.expand(count, *tensor.shape[1:]) if len(tensor) == 1 < count else tensor
+
+
+def _goes_by_rows(like: Tensor, layout: torch.memory_format, mode: str, scattered: bool) -> bool:
+    """The same of an image and of its output's gradient, which have the same channels."""
+    return mode != "bicubic" and cpu_rows.suits(like, scattered or layout != torch.contiguous_format)
 
 
 # --- a list of points is one long row, and parts are of rows -----------------------------------------

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import reference
 from .cpu_maps import Maps, Part
+from .points import pixels_per_unit
 from .reference import PLAIN, Access, Tap
 
 FEWEST_CHANNELS = 24
@@ -142,13 +143,13 @@ class _Taps:
 def warp(input: Tensor, maps: Maps, layout: torch.memory_format, mode: str) -> Tensor:
     """`cpu.warp`: a new (M * K, C, *size) in a layout."""
     mode = "nearest" if maps.are_on_pixels else mode
-    if input.stride(0) == 0:  # one image for all
-        input, maps = input[:1], dataclasses.replace(maps, per_image=maps.count)
-    table, parts = _rows(input), _parts(maps, input.shape[1])
+    one = input.stride(0) == 0  # image for all
+    table, parts = _rows(input[:1] if one else input), _parts(maps, input.shape[1])
+    per_image = maps.count if one else maps.per_image
     shape = maps.count, input.shape[1], *maps.size
     output = torch.empty(shape, dtype=input.dtype, memory_format=layout) if len(parts) > 1 else None
     for part in parts:
-        rows = _taps(maps, part, _axes(maps, maps.grid(part), mode)).read(table)
+        rows = _taps(maps, part, _axes(maps, maps.grid(part), mode), per_image).read(table)
         if output is None:
             return _image(rows, maps.count, maps.size).contiguous(memory_format=layout)
         target = output.movedim(1, -1)[part.first : part.last, part.start : part.stop]
@@ -173,7 +174,7 @@ def warp_backward(
         rows = _rows(grad_output[part.first : part.last, :, part.start : part.stop])
         grid = maps.grid(part)
         axes = _axes(maps, grid, mode)
-        taps = _taps(maps, part, axes)
+        taps = _taps(maps, part, axes, maps.per_image)
         if need_input:
             if len(parts) == 1:
                 grad_table = taps.back(rows, pixels)
@@ -215,27 +216,23 @@ class _Axis:
 def _axes(maps: Maps, grid: Tensor, mode: str) -> list[_Axis]:
     """Along x first, by the formulas of torch's vectorised sampler."""
     axes: list[_Axis] = []
+    interpolation = reference.INTERPOLATIONS[mode]
     for along, n in enumerate(reversed(maps.input_size)):
-        unit = (n - 1) / 2 if maps.align_corners else n / 2
+        unit = pixels_per_unit(n, maps.align_corners)
         edge = torch.tensor(0.0 if maps.align_corners else -0.5, dtype=grid.dtype)
         x = torch.add(edge, torch.add(grid[..., along], 1).flatten(), alpha=unit)  # fused, as ATen's
-        x, slope = _PADDINGS[maps.padding_mode](x, n, maps.align_corners)
-        first = x.round() if mode == "nearest" else x.floor()
+        slope = None
+        if maps.padding_mode != "zeros":
+            fold = _reflection if maps.padding_mode == "reflection" else reference.border
+            x, slope = fold(x, n, maps.align_corners)
+        first = interpolation.first(x)
         stride = math.prod(axis.size for axis in axes)
-        axes.append(_Axis(n, stride, 1 if mode == "nearest" else 2, unit, first, x.sub_(first), slope))
+        axes.append(_Axis(n, stride, interpolation.taps, unit, first, x.sub_(first), slope))
     return axes
 
 
-def _zeros(x: Tensor, n: int, align_corners: bool) -> tuple[Tensor, None]:
-    return x, None
-
-
-def _border(x: Tensor, n: int, align_corners: bool) -> tuple[Tensor, Tensor]:
-    inner = (x > 0) & (x < n - 1)
-    return x.clamp_(0, n - 1), inner
-
-
 def _reflection(x: Tensor, n: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """By the steps of torch's sampler, from which the reference's differ by a rounding."""
     low, span = (0.0, n - 1) if align_corners else (-0.5, n)
     x = x.sub_(low)
     turned = x < 0
@@ -243,19 +240,16 @@ def _reflection(x: Tensor, n: int, align_corners: bool) -> tuple[Tensor, Tensor]
     x = torch.add(x, x.div(2 * span).trunc_(), alpha=-2 * span) if span else x.zero_()
     back = 2 * span - x
     turned ^= x > back
-    x, inner = _border(torch.minimum(x, back).add_(low), n, align_corners)
-    return x, inner * (1.0 - 2.0 * turned)
+    x, slope = reference.border(torch.minimum(x, back).add_(low), n, align_corners)
+    return x, slope * (1.0 - 2.0 * turned)
 
 
-_PADDINGS = {"zeros": _zeros, "border": _border, "reflection": _reflection}
-
-
-def _taps(maps: Maps, part: Part, axes: Sequence[_Axis]) -> _Taps:
+def _taps(maps: Maps, part: Part, axes: Sequence[_Axis], per_image: int) -> _Taps:
     taps = [tap[::-1] for tap in itertools.product(*(range(axis.taps) for axis in axes))]  # the next along x first
     dtype, pixels = axes[0].fraction.dtype, math.prod(maps.input_size)
-    rows = maps.count // maps.per_image * pixels
+    rows = maps.count // per_image * pixels
     integers = torch.int32 if max(rows, len(axes[0].first) * len(taps)) < INDEX_LIMIT else torch.int64
-    image = torch.arange(part.first, part.last, dtype=integers).div_(maps.per_image, rounding_mode="floor").mul_(pixels)
+    image = torch.arange(part.first, part.last, dtype=integers).div_(per_image, rounding_mode="floor").mul_(pixels)
     samples = len(axes[0].first) // len(image)
     base, found = image.repeat_interleave(samples), []
     for axis in axes:
